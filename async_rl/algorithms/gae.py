@@ -1,0 +1,46 @@
+"""Generalised advantage estimation over the trainable tokens (Schulman et al. 2015, arXiv:1506.02438, Eq. 16).
+
+    delta_t = r_t + gamma V_t' - V_t,   A_t = delta_t + gamma lam A_t',   return = A + V
+
+t' is the next trainable token of the same sequence: prompt, observation and injected tokens are stepped over, so their
+values and rewards do not matter; V = 0 after the end. gamma = 1, lam = 0.95. Whiten A over the step, never the returns.
+The notes write E[R - b] = A, which mixes an expectation with a sample: A = E[R | s, a] - V(s), and its mean over
+actions is 0. The critic is a network of its own, started from the reward model (InstructGPT; the notes mix it with
+Stiennon et al., whose value network is separate but started from the policy).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def gae(
+    rewards_T: Tensor,
+    values_T: Tensor,
+    mask_T: Tensor,
+    sequence_T: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """[T] advantages and [T] returns, 0 where not trainable. Tokens of a sequence are adjacent and in order."""
+    index_M = mask_T.nonzero().squeeze(1)  # M trainable tokens, padded to [N, L] for one pass over time
+    advantages_T, returns_T = torch.zeros_like(values_T), torch.zeros_like(values_T)
+    if len(index_M) == 0:
+        return advantages_T, returns_T
+    row_M, length_N = torch.unique_consecutive(sequence_T[index_M], return_inverse=True, return_counts=True)[1:]
+    start_N = length_N.cumsum(0) - length_N
+    column_M = torch.arange(len(index_M), device=index_M.device) - start_N[row_M]
+    rewards_NL = values_T.new_zeros(len(length_N), int(length_N.max()))
+    values_NL, advantages_NL = torch.zeros_like(rewards_NL), torch.zeros_like(rewards_NL)
+    rewards_NL[row_M, column_M] = rewards_T[index_M].to(values_T.dtype)
+    values_NL[row_M, column_M] = values_T[index_M]
+    next_value_N, running_N = torch.zeros_like(values_NL[:, 0]), torch.zeros_like(values_NL[:, 0])
+    for t in reversed(range(values_NL.shape[1])):  # padding has r = V = 0 and comes first: it leaves both at 0
+        running_N = rewards_NL[:, t] + gamma * next_value_N - values_NL[:, t] + gamma * lam * running_N
+        advantages_NL[:, t], next_value_N = running_N, values_NL[:, t]
+    advantages_T[index_M] = advantages_NL[row_M, column_M]
+    returns_T[index_M] = advantages_T[index_M] + values_T[index_M]
+    return advantages_T, returns_T

@@ -1,0 +1,363 @@
+"""The recipe: frozen structs read from TOML. A derived bound is a property with its formula.
+
+    run = load(Path("recipes/sort.toml"), ["steps=20", "optimizer.learning_rate=1e-4"])
+
+Every error is a UserError that names the field, the value and what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from async_rl.errors import UserError
+
+
+class TinyModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Llama of a few layers with one token per character, from random weights."""
+
+    characters: str
+    """The vocabulary: each character is a token; bos, eos and pad are added."""
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    intermediate_size: int = 256
+    max_length: int = 64
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained: a local Hugging Face directory, or a tiny model from scratch. Exactly one of the two."""
+
+    path: str = ""
+    tiny: TinyModel | None = None
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    """A registered name: bundled, or defined in `module`."""
+    module: str = ""
+    """Your code: a path ending in .py (relative to the recipe) or an importable module."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the environment's task source."""
+    timeout_s: float = 600.0
+    """An episode that takes longer is a failed rollout."""
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    groups_per_step: int = 32
+    """Q: groups (prompts) in one optimiser step."""
+    group_size: int = 16
+    """G: rollouts of one prompt."""
+    max_new_tokens: int = 512
+    """Per call of the policy."""
+    temperature: float = 1.0
+
+
+class Staleness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The hard bound. Tokens over it are masked: they lose their weight, their reward stays in the group baseline."""
+
+    max_staleness: int = 4
+    """eta: no token sampled more than eta versions before its training step has any weight. 0 = synchronous."""
+    depth: int | None = None
+    """How many steps ahead generation may run; at most, and by default, eta."""
+    overtaking_groups: int | None = None
+    """How many younger groups may be trained on before the oldest unfinished one; default groups_per_step."""
+
+    @property
+    def steps_ahead(self) -> int:
+        """min(eta, depth): admission allows (steps_ahead + v + 1) * Q groups in all (DESIGN.md 4)."""
+        return self.max_staleness if self.depth is None else min(self.depth, self.max_staleness)
+
+
+class Algorithm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    preset: str = "async_default"
+    options: dict[str, Any] = {}
+    """Overrides of the preset's parts, by name."""
+
+
+class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """AdamW on fp32 master weights."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    """Linear from 0."""
+    decay_steps: int = 0
+    """The last so many steps: linear down to `final_rate` of the full rate; 0 = constant to the end."""
+    final_rate: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Global gradient norm is scaled down to this; 0 switches it off."""
+
+
+class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    engine: Literal["embedded"] = "embedded"
+    count: int = 1
+    """Generator processes."""
+    slots: int = 64
+    """Sequences one engine decodes at the same time."""
+    max_length: int = 0
+    """Tokens of prompt and completion a slot can hold; 0 = the model's own limit."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """auto = cuda where there is one, else cpu."""
+    queued_rollouts: int | None = None
+    """Rollouts accepted beyond the slots, so that a free slot never waits for the wire; default = slots."""
+
+
+class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    microbatch_tokens: int = 16384
+    """Strict cap of tokens in one packed micro-batch of one rank."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 = autocast over fp32 master weights."""
+    device: str = "auto"
+    ranks: int = 1
+    """Data-parallel processes."""
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    transport: Literal["shared_memory", "process_group"] = "shared_memory"
+    """shared_memory: one host. process_group: a torch.distributed group of its own (gloo, NCCL on CUDA)."""
+    timeout_s: float = 30.0
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    every_steps: int = 100
+    keep: int = 2
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tasks: int = 64
+    """Held-out tasks, decoded greedily, before and after training; 0 = no evaluation."""
+    every_steps: int = 0
+    """Also every so many steps, while training goes on; 0 = only before and after."""
+
+
+class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Rollout stream; the training stream takes the next one. 0 = any free ports."""
+    admin_port: int = 0
+    """HTTP: status, pause, resume, evaluate, stop. 0 = any free port, written to admin.json in the run directory."""
+    heartbeat_timeout_s: float = 15.0
+    """A peer that is silent for longer has lost its leases."""
+    keep_rollouts: bool = False
+    """Keep the tokens of trained rollouts on disk after a checkpoint covers them."""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole recipe."""
+
+    steps: int
+    """Optimiser steps to train for."""
+    model: Model
+    environment: Environment
+    seed: int = 1
+    rollout: Rollout = Rollout()
+    staleness: Staleness = Staleness()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizer = Optimizer()
+    generator: Generator = Generator()
+    learner: Learner = Learner()
+    weights: Weights = Weights()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    controller: Controller = Controller()
+    report_to: list[Literal["tensorboard"]] = []
+
+    @property
+    def synchronous(self) -> bool:
+        """eta = 0: nothing is sampled before the weights of its step are live; with one generator a run repeats bit
+        for bit."""
+        return self.staleness.max_staleness == 0
+
+    @property
+    def overtaking_groups(self) -> int:
+        """The overtaking window in groups; 0 when synchronous, so that batches are consumed in id order."""
+        if self.synchronous:
+            return 0
+        given = self.staleness.overtaking_groups
+        return self.rollout.groups_per_step if given is None else given
+
+    @property
+    def step_rollouts(self) -> int:
+        """Q * G."""
+        return self.rollout.groups_per_step * self.rollout.group_size
+
+    @property
+    def credit_rollouts(self) -> int:
+        """Rollouts one generator holds at most, running or queued; a whole step when synchronous."""
+        queued = self.generator.slots if self.generator.queued_rollouts is None else self.generator.queued_rollouts
+        return max(self.generator.slots + queued, self.step_rollouts if self.synchronous else self.rollout.group_size)
+
+
+def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
+    """Read a recipe, apply `section.key=value` overrides, check every field.
+
+    Raises:
+        UserError: naming the field, the value and what to write instead.
+    """
+    try:
+        text = recipe.read_text()
+    except OSError as error:
+        raise UserError(f"recipe {recipe}: {error.strerror}") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {recipe} is not TOML: {error}") from None
+    for override in overrides:
+        _apply(table, override)
+    run = from_table(table)
+    module = run.environment.module
+    if module.endswith(".py") and not Path(module).is_absolute():  # relative to the recipe, wherever we were started
+        path = str((recipe.parent / module).resolve())
+        run = msgspec.structs.replace(run, environment=msgspec.structs.replace(run.environment, module=path))
+    return run
+
+
+def from_table(table: dict[str, Any]) -> Run:
+    """A checked recipe from plain tables. Raises UserError as `load` does."""
+    _refuse_unknown(table, Run, "")
+    try:
+        run = msgspec.convert(table, Run)
+    except msgspec.ValidationError as error:
+        raise UserError(_explain(error, table)) from None
+    _check(run)
+    return run
+
+
+def dumps(run: Run) -> str:
+    """The resolved recipe as JSON, every default written out; `from_table(json.loads(...))` reads it back."""
+    return json.dumps(msgspec.to_builtins(run), indent=2) + "\n"
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """Fields in which two recipes differ, as `section.key: old -> new`."""
+    flat_old, flat_new = _flatten(msgspec.to_builtins(old)), _flatten(msgspec.to_builtins(new))
+    return [
+        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(typing.cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override!r}: write --set section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = table.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {section!r} is a value, not a section")
+        table = typing.cast(dict[str, Any], inner)
+    table[last] = value
+
+
+def _struct_of(annotation: Any) -> type[msgspec.Struct] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
+
+
+def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix: str) -> None:
+    known = typing.get_type_hints(struct)
+    for key, value in table.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix + close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise UserError(f"{prefix + key} = {value!r}: there is no such field; {hint}")
+        inner = _struct_of(known[key])
+        if inner is not None and isinstance(value, dict):
+            _refuse_unknown(typing.cast(dict[str, Any], value), inner, f"{prefix}{key}.")
+
+
+def _explain(error: msgspec.ValidationError, table: dict[str, Any]) -> str:
+    message, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    value: Any = table
+    for part in path.split(".") if path else []:
+        value = typing.cast(dict[str, Any], value).get(part) if isinstance(value, dict) else value
+    if "missing required field" in message:
+        return f"{path or 'the recipe'}: {message[0].lower() + message[1:].replace('`', chr(39))}"
+    return f"{path} = {value!r}: {message[0].lower() + message[1:].replace('`', '')}"
+
+
+def _check(run: Run) -> None:
+    """Bounds that types do not express."""
+
+    def demand(holds: bool, field: str, value: object, instead: str) -> None:
+        if not holds:
+            raise UserError(f"{field} = {value!r}: {instead}")
+
+    positive: list[tuple[str, float]] = [
+        ("steps", run.steps),
+        ("rollout.groups_per_step", run.rollout.groups_per_step),
+        ("rollout.group_size", run.rollout.group_size),
+        ("rollout.max_new_tokens", run.rollout.max_new_tokens),
+        ("generator.count", run.generator.count),
+        ("generator.slots", run.generator.slots),
+        ("learner.microbatch_tokens", run.learner.microbatch_tokens),
+        ("learner.ranks", run.learner.ranks),
+        ("checkpoint.every_steps", run.checkpoint.every_steps),
+        ("checkpoint.keep", run.checkpoint.keep),
+        ("environment.timeout_s", run.environment.timeout_s),
+        ("weights.timeout_s", run.weights.timeout_s),
+        ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
+        ("rollout.temperature", run.rollout.temperature),
+    ]
+    for field, value in positive:
+        demand(value > 0, field, value, "write a number above 0")
+    for field, value in [
+        ("seed", run.seed),
+        ("staleness.max_staleness", run.staleness.max_staleness),
+        ("staleness.depth", run.staleness.depth or 0),
+        ("staleness.overtaking_groups", run.staleness.overtaking_groups or 0),
+        ("optimizer.learning_rate", run.optimizer.learning_rate),
+        ("optimizer.clip_norm", run.optimizer.clip_norm),
+        ("optimizer.warmup_steps", run.optimizer.warmup_steps),
+        ("optimizer.decay_steps", run.optimizer.decay_steps),
+        ("optimizer.final_rate", run.optimizer.final_rate),
+        ("evaluation.tasks", run.evaluation.tasks),
+        ("evaluation.every_steps", run.evaluation.every_steps),
+        ("generator.max_length", run.generator.max_length),
+        ("generator.queued_rollouts", run.generator.queued_rollouts or 0),
+    ]:
+        demand(value >= 0, field, value, "write 0 or more")
+    for field, value in [
+        ("controller.port", run.controller.port),
+        ("controller.admin_port", run.controller.admin_port),
+    ]:
+        demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
+    one_model = (run.model.path != "") != (run.model.tiny is not None)
+    demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
+    if run.model.path:
+        demand(Path(run.model.path).is_dir(), "model.path", run.model.path, "write the path of a model directory")
+    demand(
+        run.controller.host in ("127.0.0.1", "localhost", "::1"),
+        "controller.host",
+        run.controller.host,
+        "only loopback for now: another address needs CURVE keys, which are not there yet",
+    )

@@ -1,0 +1,202 @@
+"""The engine of a generator process: a `Batcher` driven by one thread that sleeps while there is nothing to sample.
+
+Callers post commands to a queue; the thread carries them out between two decode steps. Weights are cast and fused on
+another thread, so that a swap stalls decoding only while one reference is exchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+from transformers import PreTrainedConfig
+
+from async_rl.engines.batcher import Batcher
+from async_rl.engines.decoder import DecoderWeights
+from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Request, Snapshot
+from async_rl.engines.stopwatch import Stopwatch
+from async_rl.wire.messages import WeightsId
+
+CAUSES = ("idle", "engine_step", "swap", "paused")
+
+Command = Callable[[], Sequence[Chunk]]
+"""Runs on the engine's thread; what it returns is delivered."""
+
+
+class EmbeddedEngine:
+    """See engines.protocol.Engine. Requests that come before the first weights wait for them.
+
+    Submit what belongs together in one call: it enters the same step, and equal prompts share one prefill. Whoever
+    starts the engine must await `wait_stopped`, which raises what broke its thread.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        slots: int,
+        max_length: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        prefill_tokens: int | None = None,
+    ) -> None:
+        """`max_length` 0: the model's own limit. `prefill_tokens`: prompt tokens computed in one step at most.
+
+        Raises:
+            UserError: the embedded engine does not run this architecture.
+        """
+        self._batcher = Batcher(
+            config,
+            slots=slots,
+            max_length=max_length,
+            dtype=dtype,
+            device=torch.device(device),
+            prefill_tokens=prefill_tokens,
+        )
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._closed: BaseException | None = None
+        """Why no command is accepted any more; guarded by the gate, so that none enters a queue that nobody reads."""
+        self._ended: Future[None] = Future()
+        self._loading = asyncio.Lock()
+        self._swapped: Future[float] | None = None
+        """The swap that was posted last."""
+        self._paused = False
+        self._thread: threading.Thread | None = None
+        self._stopwatch: Stopwatch | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(max_concurrent=self._batcher.slots, max_length=self._batcher.max_length)
+
+    @property
+    def weights(self) -> WeightsId | None:
+        return self._batcher.weights
+
+    def start(self, deliver: Deliver) -> None:
+        """Chunks are delivered on the engine's thread, between two steps: hand them over and return."""
+        assert self._thread is None, "an engine starts once"
+        self._stopwatch = Stopwatch(CAUSES, time.monotonic)
+        arguments = (deliver, self._stopwatch)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="embedded-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        together = list(requests)
+        for request in together:
+            self._batcher.check(request)
+
+        def command() -> Sequence[Chunk]:
+            self._batcher.submit(together)
+            return ()
+
+        self._post(command)
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        ids = list(request_ids)
+        self._post(lambda: self._batcher.cancel(ids))
+
+    def pause(self) -> None:
+        self._post(lambda: self._set_paused(True))
+
+    def resume(self) -> None:
+        self._post(lambda: self._set_paused(False))
+
+    async def load_weights(self, snapshot: Snapshot) -> float:
+        """Loads that overlap happen one after the other. A failed or cancelled load leaves the old weights live.
+
+        Raises:
+            ValueError: the snapshot is not of this model.
+        """
+        async with self._loading:
+            prepared = await asyncio.to_thread(self._batcher.prepare, snapshot.tensors)
+            swapped: Future[float] = Future()
+            self._swapped = swapped
+            self._post(lambda: self._swap(snapshot.weights, prepared, swapped))
+            return await asyncio.wrap_future(swapped)
+
+    def activity(self) -> dict[str, float]:
+        return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
+
+    async def stop(self) -> None:
+        """The thread ends after the step in progress; requests still in the engine get no more chunks."""
+        if self._thread is None:
+            self._close(None)
+            return
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._post(_stop)
+        await asyncio.to_thread(self._thread.join)
+
+    async def wait_stopped(self) -> None:
+        """Returns after `stop`; raises what broke the engine's thread as soon as it breaks."""
+        await asyncio.shield(asyncio.wrap_future(self._ended))
+
+    def _post(self, command: Command) -> None:
+        with self._gate:
+            if self._closed is not None:
+                raise RuntimeError("the engine has stopped") from self._closed
+            self._commands.put(command)
+
+    # --- on the engine's thread -----------------------------------------------------------------------------
+
+    def _run(self, deliver: Deliver, stopwatch: Stopwatch) -> None:
+        error: BaseException | None = None
+        try:
+            while True:
+                runnable = self._batcher.has_work and not self._paused
+                if not runnable:
+                    stopwatch.switch("paused" if self._paused else "idle")
+                try:
+                    command = self._commands.get(block=not runnable)
+                except queue.Empty:
+                    stopwatch.switch("engine_step")
+                    command = self._batcher.step
+                chunks = command()
+                if chunks:
+                    deliver(chunks)
+        except _Stop:
+            pass
+        except BaseException as caught:
+            error = caught
+        stopwatch.switch(None)
+        self._close(error)
+
+    def _set_paused(self, paused: bool) -> Sequence[Chunk]:
+        self._paused = paused
+        return ()
+
+    def _swap(self, weights: WeightsId, prepared: DecoderWeights, swapped: Future[float]) -> Sequence[Chunk]:
+        assert self._stopwatch is not None
+        if not swapped.set_running_or_notify_cancel():
+            return ()
+        self._stopwatch.switch("swap")
+        started = time.monotonic()
+        self._batcher.swap(weights, prepared)
+        swapped.set_result(time.monotonic() - started)
+        return ()
+
+    def _close(self, error: BaseException | None) -> None:
+        with self._gate:
+            self._closed = error or _Stop()
+        if self._swapped is not None and not self._swapped.done():
+            self._swapped.set_exception(RuntimeError("the engine stopped before the weights were live"))
+        if self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+
+
+class _Stop(Exception):
+    """Ends the engine's thread."""
+
+
+def _stop() -> Sequence[Chunk]:
+    raise _Stop

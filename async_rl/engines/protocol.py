@@ -1,0 +1,122 @@
+"""Pure: the seam between rollouts and whatever turns prompts into tokens. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from async_rl.wire.messages import FinishReason, VersionSpan, WeightsId
+
+Int32s = npt.NDArray[np.int32]
+Float32s = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to sample."""
+
+    id: int
+    """Unique among the requests alive in the engine."""
+    prompt: tuple[int, ...]
+    """Token ids, at least one, each within the vocabulary. Requests with an equal prompt may share one prefill."""
+    max_new_tokens: int
+    key: int
+    """64-bit key of the rollout (engines.sampling.rollout_key): token t is drawn with uniform(key, position + t)."""
+    temperature: float = 1.0
+    """0 is greedy; otherwise logits are divided by it, and log-probs are of that distribution."""
+    position: int = 0
+    """Counter of the first sampled token: how many tokens of this rollout were sampled before, in earlier calls or
+    segments."""
+    stop: frozenset[int] = frozenset()
+    """Token ids that end the completion and stay in it (finish reason `eos`)."""
+    segment_tokens: int | None = None
+    """Deliver an unfinished chunk every so many tokens; None delivers once, at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of a request; the last one has a finish reason."""
+
+    request_id: int
+    tokens: Int32s
+    """[n] int32"""
+    logprobs: Float32s
+    """[n] float32, natural log, of the distribution really sampled"""
+    spans: list[VersionSpan]
+    """Cover [0, n); positions count from the first token of this chunk."""
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One set of weights under Hugging Face parameter names, whole."""
+
+    weights: WeightsId
+    tensors: Mapping[str, Any]
+    """name -> torch tensor; empty for an engine without weights (fake)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do; the conformance suite says so where something is missing."""
+
+    keeps_partial_tokens: bool = True
+    swaps_in_flight: bool = True
+    seeded: bool = True
+    """The counter hash decides every token: repeating a request repeats its tokens."""
+    max_concurrent: int = 1
+    max_length: int = 0
+    """Prompt plus completion, tokens; 0 = no bound."""
+
+
+Deliver = Callable[[Sequence[Chunk]], None]
+
+
+class Engine(Protocol):
+    """Samples completions continuously while weights change under it.
+
+    `submit`, `cancel`, `pause` and `resume` return at once and may be called from any thread; chunks come through
+    the callback given to `start`, in batches, from a thread of the engine's choosing.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def weights(self) -> WeightsId | None:
+        """The weights that sample now; None before the first load."""
+        ...
+
+    def start(self, deliver: Deliver) -> None: ...
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """All of them enter together. A request the engine cannot serve (length, vocabulary) raises ValueError here."""
+        ...
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Each ends with a chunk of its partial tokens and finish reason `aborted`; unknown ids are ignored."""
+        ...
+
+    def pause(self) -> None:
+        """Stop between two decode steps; requests keep their state."""
+        ...
+
+    def resume(self) -> None: ...
+
+    async def load_weights(self, snapshot: Snapshot) -> float:
+        """Make the snapshot live between two decode steps, with sequences in flight. Returns the stall in seconds."""
+        ...
+
+    def activity(self) -> dict[str, float]:
+        """Exclusive wall seconds by cause since start: `engine_step`, `swap`, `paused`, `idle`."""
+        ...
+
+    async def stop(self) -> None: ...
+
+    async def wait_stopped(self) -> None:
+        """Returns after `stop`; raises what broke the engine as soon as it breaks."""
+        ...

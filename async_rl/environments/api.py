@@ -1,0 +1,179 @@
+"""The environment API: a coroutine that talks to a policy and returns a reward.
+
+    from async_rl import Policy, Task, environment
+
+    @environment("countdown", tasks=CountdownTasks)
+    async def countdown(task: Task, policy: Policy) -> float:
+        reply = await policy.chat([{"role": "user", "content": task["prompt"]}])
+        return 1.0 if solves(reply.text, task) else 0.0
+
+Whatever the coroutine awaits, the recorder behind `policy` keeps tokens, log-probs and versions. An exception or a
+time-out is a failed rollout with its traceback, never a dead generator and never a silent reward of zero.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import pkgutil
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeAlias
+
+from async_rl import config
+from async_rl.errors import UserError
+from async_rl.tasks.source import TaskSource
+from async_rl.wire.messages import FinishReason, Task
+
+Message: TypeAlias = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+
+
+class Reply(Protocol):
+    """What the policy said."""
+
+    @property
+    def text(self) -> str:
+        """Decoded, without special tokens."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Sampled token ids, the end-of-sequence token included."""
+        ...
+
+    @property
+    def finish_reason(self) -> FinishReason: ...
+
+
+class Policy(Protocol):
+    """The policy under training; the only seam an environment sees."""
+
+    async def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None) -> Reply:
+        """The reply to a conversation under the model's chat template."""
+        ...
+
+    async def complete(self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None) -> Reply:
+        """The continuation of a text, or of token ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A scalar to train on, with its named parts, and numbers that are only logged (`exact`, 0 or 1, among them)."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @classmethod
+    def of(cls, returned: object) -> Reward:
+        """From what an environment may return: a number, a dict of named parts (their sum is trained on), a Reward.
+
+        Raises:
+            TypeError, ValueError: it is something else, or not finite.
+        """
+        if isinstance(returned, Reward):
+            reward = returned
+        elif isinstance(returned, (int, float)):
+            reward = cls(float(returned))
+        elif isinstance(returned, Mapping):
+            parts = {str(name): float(part) for name, part in returned.items()}  # pyright: ignore[reportArgumentType]
+            reward = cls(sum(parts.values()), parts)
+        else:
+            raise TypeError(
+                f"an environment returned {returned!r}: return a float, a dict of named floats, or a Reward"
+            )
+        if not math.isfinite(reward.value):
+            raise ValueError(f"an environment returned the reward {reward.value}: return a finite number")
+        return reward
+
+
+Episode: TypeAlias = Callable[[Task, Policy], Awaitable[float | Mapping[str, float] | Reward]]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    name: str
+    episode: Episode
+    tasks: Callable[..., TaskSource]
+    """Called with `seed` and the recipe's `environment.options`."""
+
+
+_registered: dict[str, Environment] = {}
+
+
+def environment(name: str, *, tasks: Callable[..., TaskSource]) -> Callable[[Episode], Episode]:
+    """Register the decorated coroutine function under `name`.
+
+    Args:
+        tasks: makes the task source; its keyword arguments are what `environment.options` may set.
+    """
+
+    def register(episode: Episode) -> Episode:
+        if not inspect.iscoroutinefunction(episode):
+            raise TypeError(f"environment {name!r}: write `async def`, an episode awaits the policy")
+        _registered[name] = Environment(name, episode, tasks)
+        return episode
+
+    return register
+
+
+def find(chosen: config.Environment) -> Environment:
+    """The environment a recipe names, from its module or from the bundled ones.
+
+    Raises:
+        UserError: there is no such module or environment.
+    """
+    if chosen.module:
+        _import(chosen.module)
+    elif chosen.name in bundled():
+        importlib.import_module(f"async_rl.environments.{chosen.name}")
+    if chosen.name not in _registered:
+        known = sorted({*_registered, *bundled()})
+        close = difflib.get_close_matches(chosen.name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        where = f"{chosen.module} registers no such environment" if chosen.module else "there is no such environment"
+        raise UserError(f"environment.name = {chosen.name!r}: {where}; {hint}")
+    return _registered[chosen.name]
+
+
+def make_tasks(found: Environment, options: Mapping[str, Any], seed: int) -> TaskSource:
+    """The task source with the recipe's options. Raises UserError naming an option it does not have."""
+    known = [name for name in inspect.signature(found.tasks).parameters if name != "seed"]
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"environment.options.{name} = {value!r}: {found.name} knows {', '.join(known) or 'none'}")
+    try:
+        return found.tasks(seed=seed, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"environment.options of {found.name}: {error}") from error
+
+
+def bundled() -> list[str]:
+    """Names of the environments that come with this package; each is a module here."""
+    package = importlib.import_module("async_rl.environments")
+    return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "api"]
+
+
+def _import(module: str) -> ModuleType:
+    try:
+        if not module.endswith(".py"):
+            return importlib.import_module(module)
+        path = Path(module)
+        if not path.is_file():
+            raise UserError(f"environment.module = {module!r}: there is no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = loaded
+        spec.loader.exec_module(loaded)
+        return loaded
+    except ImportError as error:
+        raise UserError(f"environment.module = {module!r}: {error}") from error

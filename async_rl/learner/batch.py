@@ -1,0 +1,217 @@
+"""Pure: a MicroBatches message as flat arrays, and the packed tensors of each of its micro-batches.
+
+Axis suffixes of this package:
+    N  rollouts of the step, in the order of the message; n of one micro-batch
+    S  sequences of the step (a rollout has one or more)
+    A  all tokens of the step, sequence after sequence
+    R  version spans of the step
+    T  tokens fed to the model in one micro-batch, packed without padding
+    K  trainable tokens of one micro-batch: what the objective calls T
+    H  hidden size, V vocabulary
+
+No line here runs once per token; what runs once per sequence is a comprehension over its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from async_rl.errors import ProtocolError
+from async_rl.learner.packed_attention import Block
+from async_rl.wire.messages import MicroBatches, TrainRollout
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Everything one optimiser step trains on, identical on every rank."""
+
+    step: int
+    version: int
+    """v_train: lag of a token = version - its version."""
+    plan: list[list[list[int]]]
+    """[ranks][micro-batches] -> indices of rollouts."""
+    rewards_N: npt.NDArray[np.float32]
+    """NaN = missing."""
+    group_N: Ints
+    first_N: Ints
+    """[N + 1] the sequences of rollout i are first_N[i] to first_N[i + 1]."""
+    tokens_A: npt.NDArray[np.int32]
+    behaviour_A: npt.NDArray[np.float32]
+    version_A: Ints
+    """-1 where the policy did not sample the token: such a token is never trained on."""
+    fresh_A: Bools
+    """Sampled under `version` itself, with no older KV: engine and learner must agree on its log-prob."""
+    start_S: Ints
+    """First token of each sequence in A."""
+    length_S: Ints
+    """Tokens of each sequence, prompt included."""
+    fed_S: Ints
+    """Tokens of each sequence the model must read: up to the one before the last trainable token; 0 = none."""
+    span_rollout_R: Ints
+    span_tokens_R: Ints
+    span_version_R: Ints
+
+    @property
+    def num_rollouts(self) -> int:
+        return len(self.rewards_N)
+
+    @property
+    def trainable_tokens(self) -> int:
+        return int(self.span_tokens_R.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMicroBatch:
+    """One forward and backward pass. Sequences are ordered by length, so that equal ones are one block."""
+
+    input_1T: Tensor
+    """[1, T] int64"""
+    position_1T: Tensor
+    """[1, T] int64, restarts at 0 with each sequence"""
+    blocks: tuple[Block, ...]
+    """Cover T in order."""
+    predictor_K: Tensor
+    """[K] int64, the position in T whose hidden state predicts the trainable token"""
+    target_K: Tensor
+    """[K] int64, the trainable token"""
+    behaviour_K: Tensor
+    """[K] float32"""
+    version_K: Tensor
+    """[K] int64, at least 0"""
+    fresh_K: Tensor
+    """[K] bool, see StepBatch.fresh_A"""
+    sample_K: Tensor
+    """[K] int64, which of `rollout_n` the token belongs to"""
+    rollout_n: Tensor
+    """[n] int64, rollouts of the step"""
+
+    def to(self, device: torch.device) -> PackedMicroBatch:
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return PackedMicroBatch(blocks=self.blocks, **moved)
+
+
+def flatten(message: MicroBatches, ranks: int = 1) -> StepBatch:
+    """The message as arrays.
+
+    Raises:
+        ProtocolError: a sequence, a span or the plan contradicts the wire contract; names the rollout.
+    """
+    rollouts = message.rollouts
+    sequences = [sequence for rollout in rollouts for sequence in rollout.sequences]
+    counts_N = np.fromiter((len(rollout.sequences) for rollout in rollouts), np.int64, len(rollouts))
+    rollout_S = np.repeat(np.arange(len(rollouts)), counts_N)
+    bytes_S = np.fromiter((len(s.tokens) for s in sequences), np.int64, len(sequences))
+    logprob_bytes_S = np.fromiter((len(s.logprobs) for s in sequences), np.int64, len(sequences))
+    _refuse(rollouts, rollout_S, (bytes_S % 4 != 0) | (bytes_S != logprob_bytes_S), "unequal tokens and logprobs")
+    length_S = bytes_S // 4
+    spans_R5 = np.array(
+        [(i, p.start, p.end, p.version, p.kv_version) for i, s in enumerate(sequences) for p in s.spans], np.int64
+    ).reshape(-1, 5)
+    sequence_R, begin_R, end_R, version_R, kv_version_R = spans_R5.T
+    _check_spans(message, rollout_S, length_S, spans_R5)
+    _check_plan(message, ranks)
+
+    start_S = np.cumsum(length_S) - length_S
+    sampled_A = _ranges(start_S[sequence_R] + begin_R, end_R - begin_R)
+    version_A = np.full(int(length_S.sum()), -1, np.int64)
+    version_A[sampled_A] = np.repeat(version_R, end_R - begin_R)
+    fresh_A = np.zeros(len(version_A), np.bool_)
+    fresh_A[sampled_A] = np.repeat((version_R == message.version) & (kv_version_R == version_R), end_R - begin_R)
+    fed_S = np.zeros_like(length_S)
+    np.maximum.at(fed_S, sequence_R, end_R - 1)
+    return StepBatch(
+        step=message.step,
+        version=message.version,
+        plan=message.plan,
+        rewards_N=np.fromiter((rollout.reward for rollout in rollouts), np.float32, len(rollouts)),
+        group_N=np.fromiter((rollout.group_id for rollout in rollouts), np.int64, len(rollouts)),
+        first_N=np.concatenate([[0], np.cumsum(counts_N)]),
+        tokens_A=np.frombuffer(b"".join([s.tokens for s in sequences]), "<i4"),
+        behaviour_A=np.frombuffer(b"".join([s.logprobs for s in sequences]), "<f4"),
+        version_A=version_A,
+        fresh_A=fresh_A,
+        start_S=start_S,
+        length_S=length_S,
+        fed_S=fed_S,
+        span_rollout_R=rollout_S[sequence_R],
+        span_tokens_R=end_R - begin_R,
+        span_version_R=version_R,
+    )
+
+
+def pack(step: StepBatch, rollouts: Sequences[int]) -> PackedMicroBatch:
+    """The tokens of these rollouts, ready for the model. Rollouts without trainable tokens are allowed."""
+    rollout_n = np.asarray(rollouts, np.int64)
+    counts_n = step.first_N[rollout_n + 1] - step.first_N[rollout_n]
+    sequence_s = _ranges(step.first_N[rollout_n], counts_n)
+    sample_s = np.repeat(np.arange(len(rollout_n)), counts_n)
+    fed_s = step.fed_S[sequence_s]
+    order = np.argsort(fed_s, kind="stable")
+    order = order[fed_s[order] > 0]
+    sequence_s, sample_s, fed_s = sequence_s[order], sample_s[order], fed_s[order]
+
+    token_T = _ranges(step.start_S[sequence_s], fed_s)
+    predictor_K = np.flatnonzero(step.version_A[token_T + 1] >= 0)
+    target_K = token_T[predictor_K] + 1
+    lengths, counts = np.unique(fed_s, return_counts=True)
+    return PackedMicroBatch(
+        input_1T=torch.from_numpy(step.tokens_A[token_T].astype(np.int64))[None],
+        position_1T=torch.from_numpy(_ranges(np.zeros_like(fed_s), fed_s))[None],
+        blocks=tuple(Block(int(n), int(length)) for n, length in zip(counts, lengths, strict=True)),
+        predictor_K=torch.from_numpy(predictor_K),
+        target_K=torch.from_numpy(step.tokens_A[target_K].astype(np.int64)),
+        behaviour_K=torch.from_numpy(step.behaviour_A[target_K]),
+        version_K=torch.from_numpy(step.version_A[target_K]),
+        fresh_K=torch.from_numpy(step.fresh_A[target_K]),
+        sample_K=torch.from_numpy(np.repeat(sample_s, fed_s)[predictor_K]),
+        rollout_n=torch.from_numpy(rollout_n),
+    )
+
+
+def _ranges(starts: Ints, counts: Ints) -> Ints:
+    """concatenate([arange(s, s + c) for s, c in zip(starts, counts)])."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _refuse(rollouts: list[TrainRollout], rollout_X: Ints, bad_X: Bools, why: str) -> None:
+    if bad_X.any():
+        rollout = rollouts[rollout_X[int(np.argmax(bad_X))]]
+        raise ProtocolError(f"rollout {rollout.member} of group {rollout.group_id}: {why}")
+
+
+def _check_spans(message: MicroBatches, rollout_S: Ints, length_S: Ints, spans_R5: Ints) -> None:
+    sequence_R, begin_R, end_R, version_R, _ = spans_R5.T
+    rollout_R = rollout_S[sequence_R]
+    outside_R = (begin_R < 1) | (end_R <= begin_R) | (end_R > length_S[sequence_R])
+    _refuse(message.rollouts, rollout_R, outside_R, "a span is empty or not within tokens [1, L)")
+    overlaps_R = np.zeros(len(spans_R5), np.bool_)
+    overlaps_R[1:] = (sequence_R[1:] == sequence_R[:-1]) & (begin_R[1:] < end_R[:-1])
+    _refuse(message.rollouts, rollout_R, overlaps_R, "spans overlap or are out of order")
+    future_R = (version_R < 0) | (version_R > message.version)
+    _refuse(message.rollouts, rollout_R, future_R, f"a span has a version outside [0, {message.version}]")
+
+
+def _check_plan(message: MicroBatches, ranks: int) -> None:
+    if len(message.plan) != ranks:
+        raise ProtocolError(f"the plan of step {message.step} is for {len(message.plan)} ranks, there are {ranks}")
+    if len({len(microbatches) for microbatches in message.plan}) > 1:
+        raise ProtocolError(f"the plan of step {message.step} gives ranks unequal numbers of micro-batches")
+    planned = sorted(index for microbatches in message.plan for microbatch in microbatches for index in microbatch)
+    if planned != list(range(len(message.rollouts))):
+        raise ProtocolError(f"the plan of step {message.step} does not contain every rollout exactly once")

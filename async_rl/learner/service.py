@@ -1,0 +1,176 @@
+"""The learner's loop: a batch in, a version out. Training has a thread; heartbeats and the wire never wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from async_rl.config import Run
+from async_rl.errors import ProtocolError
+from async_rl.learner.step import Abandoned
+from async_rl.learner.trainer import Learner
+from async_rl.telemetry.activity import Tracker
+from async_rl.wire.messages import (
+    BatchRequest,
+    CheckpointSaved,
+    Heartbeat,
+    Hello,
+    HelloAck,
+    LearnerMessage,
+    MicroBatches,
+    Shutdown,
+    StepDone,
+    ToLearner,
+    WeightGroup,
+    WeightsId,
+)
+from async_rl.wire.transport import Client
+
+KEEP_ALIVE_S = 60.0
+"""Other ranks hear from rank 0 at least so often while it waits for a batch."""
+
+T = TypeVar("T")
+
+
+class WeightsPublisher(Protocol):
+    @property
+    def store(self) -> str: ...
+
+    def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None: ...
+
+    def regroup(self, group: WeightGroup) -> None: ...
+
+
+class LearnerService:
+    """`await run()` until the controller says Shutdown.
+
+    The batch of step k + 1 is asked for when step k begins, so that it has arrived when step k ends.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        learner: Learner,
+        publisher: WeightsPublisher,
+        transport: Client[LearnerMessage, ToLearner],
+    ) -> None:
+        self._config, self._learner, self._publisher, self._transport = run, learner, publisher, transport
+        self._tracker = Tracker("start")
+        self._batches: asyncio.Queue[MicroBatches] = asyncio.Queue()
+        self._welcome: asyncio.Future[HelloAck] = asyncio.get_running_loop().create_future()
+        self._stopping = threading.Event()
+        self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
+        self._thread = ThreadPoolExecutor(1, "train")
+        self._saved = -1
+        """Version of the newest checkpoint."""
+        self._saved_path = ""
+        self._tokens = 0
+
+    async def run(self) -> None:
+        learner = self._learner
+        if learner.resumed_from is not None:
+            self._saved = learner.version
+        hello = Hello("learner", "learner", os.getpid(), weights=learner.weights, weights_store=self._publisher.store)
+        self._transport.send(hello)
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(self._serve(), name="training stream")
+            welcome = await self._welcome
+            learner.begin(welcome.lineage)
+            beating = tasks.create_task(self._beat(welcome.heartbeat_s), name="heartbeat")
+            self._publisher.publish(learner.weights, learner.snapshot)
+            await self._train_until_shutdown()
+            serving.cancel()
+            beating.cancel()
+        self._thread.shutdown()
+
+    async def _train_until_shutdown(self) -> None:
+        self._request(self._learner.version)
+        while (batch := await self._next_batch()) is not None:
+            self._request(batch.step + 1)
+            try:
+                metrics = await self._in_thread(
+                    "train_step", lambda batch=batch: self._learner.train(batch, self._stopping.is_set)
+                )
+            except Abandoned:
+                break  # it is composed: the next start trains on it
+            self._tracker.switch("publish")
+            self._publisher.publish(self._learner.weights, self._learner.snapshot)
+            self._tokens += int(metrics["tokens"])
+            self._tracker.switch("wait_batch")
+            activity = self._tracker.activity(self._tokens)
+            self._transport.send(StepDone(batch.step, self._learner.weights, metrics, activity))
+            if self._learner.version % self._config.checkpoint.every_steps == 0:
+                await self._save()
+        if (await self._shutdown).checkpoint:
+            await self._save()
+
+    async def _next_batch(self) -> MicroBatches | None:
+        """None: the controller said Shutdown."""
+        self._tracker.switch("wait_batch")
+        getting = asyncio.ensure_future(self._batches.get())
+        try:
+            while True:
+                done, _ = await asyncio.wait(
+                    {getting, self._shutdown}, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if self._shutdown in done:
+                    return None
+                if getting in done:
+                    return getting.result()
+                if self._learner.ranks.size > 1:
+                    await self._in_thread("wait_batch", self._learner.keep_alive)
+        finally:
+            getting.cancel()
+
+    async def _save(self) -> None:
+        if self._saved != self._learner.version:
+            path = await self._in_thread("checkpoint", self._learner.save_checkpoint)
+            self._saved, self._saved_path = self._learner.version, str(path)
+        self._transport.send(CheckpointSaved(self._saved, self._saved_path))
+
+    def _request(self, step: int) -> None:
+        if step < self._config.steps:
+            self._transport.send(BatchRequest(step))
+
+    async def _in_thread(self, cause: str, work: Callable[[], T]) -> T:
+        """Run on the training thread; its time, without the hand-over, is booked under `cause`."""
+
+        def booked() -> T:
+            self._tracker.switch(cause)
+            try:
+                return work()
+            finally:
+                self._tracker.switch("hand_over")
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, booked)
+
+    async def _serve(self) -> None:
+        while not self._shutdown.done():
+            for message in await self._transport.receive():
+                match message:
+                    case HelloAck():
+                        self._welcome.set_result(message)
+                    case MicroBatches():
+                        self._batches.put_nowait(message)
+                    case WeightGroup():
+                        self._publisher.regroup(message)
+                    case Heartbeat():
+                        self._transport.send(Heartbeat(self._tracker.activity(self._tokens), self._learner.weights))
+                    case Shutdown():
+                        self._stopping.set()
+                        with contextlib.suppress(asyncio.InvalidStateError):
+                            self._shutdown.set_result(message)
+                    case _:
+                        raise ProtocolError(f"the learner does not expect {type(message).__name__}")
+
+    async def _beat(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            self._transport.send(Heartbeat(self._tracker.activity(self._tokens), self._learner.weights))

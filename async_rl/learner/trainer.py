@@ -1,0 +1,162 @@
+"""The learner's state between steps: weights, optimiser, version; built from the recipe or resumed from a checkpoint.
+
+    learner = Learner(run, run_directory)         # every rank
+    if learner.ranks.rank > 0:
+        learner.follow()                          # until rank 0 closes
+    else:
+        metrics = learner.train(batch)            # a MicroBatches message
+        publisher.publish(learner.weights, learner.snapshot)
+        learner.save_checkpoint()
+        learner.close()
+
+All methods block and belong in one thread at a time; none of them knows the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from async_rl.algorithms.objective import Objective
+from async_rl.algorithms.presets import preset
+from async_rl.config import Algorithm, Model, Run
+from async_rl.errors import ProtocolError, UserError
+from async_rl.learner import checkpoint, commands
+from async_rl.learner.batch import flatten
+from async_rl.learner.distributed import Ranks, choose_device
+from async_rl.learner.step import Abandoned, TrainStep, never
+from async_rl.models.loading import build_model, load_tokenizer
+from async_rl.models.parameters import Layout
+from async_rl.weights.wire_layout import wire_layout
+from async_rl.wire.messages import MicroBatches, WeightsId
+
+CHECKPOINTS = "checkpoints"
+
+
+class Learner:
+    """Owns what training changes.
+
+    Raises:
+        UserError: the recipe's algorithm, device or model is wrong.
+        checkpoint.CheckpointCorrupt: the newest checkpoint cannot be read.
+    """
+
+    def __init__(self, run: Run, run_directory: Path, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks.start(choose_device(run.learner.device))
+        self._owns_ranks = ranks is None
+        self._run = run
+        self._directory = run_directory / CHECKPOINTS
+        self.version = 0
+        self.lineage = 0
+        """Of the weights from now on: the controller's HelloAck decides it (`begin`)."""
+        self.resumed_from: WeightsId | None = None
+        if self.ranks.rank == 0:
+            checkpoint.remove_partial(self._directory)
+        found = checkpoint.latest(self._directory)
+        source = run.model if found is None else Model(path=str(found[0]))
+        self.tokenizer = load_tokenizer(source)
+        with checkpoint.no_progress_bars():
+            self.model = build_model(source, seed=run.seed, dtype=torch.float32)
+        self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
+        self.layout: Layout = wire_layout(run, self.model)
+        self._optimizer = _adamw(run, self.model.parameters())
+        self._step = TrainStep(run, self.model, self._optimizer, build_objective(run.algorithm), self.ranks)
+        if found is None:
+            torch.manual_seed(run.seed)
+        else:
+            path, position = found
+            checkpoint.restore(path, self.model, self._optimizer)
+            self.version, self.lineage = position.version, position.lineage
+            self.resumed_from = WeightsId(position.lineage, position.version)
+
+    @property
+    def weights(self) -> WeightsId:
+        return WeightsId(self.lineage, self.version)
+
+    def begin(self, lineage: int) -> None:
+        """Train under this lineage from now on."""
+        self.lineage = lineage
+
+    def train(self, batch: MicroBatches, abandon: Callable[[], bool] = never) -> dict[str, float]:
+        """One optimiser step; the version is one higher afterwards, also where the step was skipped.
+
+        Returns numbers for metrics.jsonl; those of a skipped, non-finite step may be NaN.
+
+        Raises:
+            ProtocolError: the batch is not that of the next step, or breaks the wire contract.
+            step.Abandoned: `abandon` said so; version and weights are as before.
+        """
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            self.ranks.broadcast_bytes(commands.encode(commands.Train(batch)))
+        started = time.monotonic()
+        if batch.step != self.version:
+            raise ProtocolError(f"the batch of step {batch.step} came, the learner is at version {self.version}")
+        metrics = self._step(flatten(batch, self.ranks.size), abandon)
+        self.version += 1
+        return metrics | {"train_s": time.monotonic() - started}
+
+    def snapshot(self, out: Tensor) -> None:
+        """Copy the weights into `out` ([layout.nbytes] uint8), as the wire wants them; `Publisher.publish` calls it."""
+        self.layout.pack(self.model.named_parameters(), out)
+
+    def save_checkpoint(self) -> Path | None:
+        """Durable when it returns. Rank 0 writes, the others return None: they hold the same."""
+        if self.ranks.rank > 0:
+            return None
+        position = checkpoint.Position(self.version, self.lineage, self.version, self._run.seed)
+        keep = self._run.checkpoint.keep
+        return checkpoint.save(self._directory, position, self.model, self.tokenizer, self._optimizer, keep)
+
+    def keep_alive(self) -> None:
+        """Rank 0, while it waits for a batch: at least every few minutes, so that the other ranks know it lives."""
+        self.ranks.broadcast_bytes(b"")
+
+    def follow(self) -> None:
+        """Ranks above 0: train on what rank 0 passes on, until it closes.
+
+        Raises:
+            distributed.RanksDisagree: rank 0 is silent or gone.
+        """
+        while not isinstance(command := commands.decode(self.ranks.broadcast_bytes(None)), commands.Stop):
+            if isinstance(command, commands.Train):
+                try:
+                    self.train(command.batch)
+                except (ProtocolError, Abandoned):  # rank 0 sees the same in the same batch, and decides
+                    continue
+
+    def close(self) -> None:
+        """Let the other ranks go and leave torch.distributed."""
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            self.ranks.broadcast_bytes(commands.encode(commands.Stop()))
+        if self._owns_ranks:
+            self.ranks.stop()
+
+
+def build_objective(algorithm: Algorithm) -> Objective:
+    """Raises UserError naming the preset or the option."""
+    try:
+        objective = preset(algorithm.preset, **algorithm.options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"algorithm: {error}") from None
+    for needed, what in ((objective.needs_reference, "a reference model"), (objective.needs_critic, "a critic")):
+        if needed:
+            raise UserError(
+                f"algorithm.preset = {algorithm.preset!r}: it needs {what}, which the learner does not have yet"
+            )
+    return objective
+
+
+def _adamw(run: Run, parameters: object) -> torch.optim.AdamW:
+    o = run.optimizer
+    return torch.optim.AdamW(
+        parameters,  # pyright: ignore[reportArgumentType]
+        lr=o.learning_rate,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
+    )

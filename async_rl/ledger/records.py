@@ -1,0 +1,120 @@
+"""Pure: what the ledger writes, and under which key. Every value starts with the CRC-32 of the rest."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TypeVar
+
+import msgspec
+
+from async_rl.errors import LedgerCorrupt
+from async_rl.wire.messages import RolloutResult, Task, TerminalEvent
+
+T = TypeVar("T")
+
+
+class RunRecord(msgspec.Struct, frozen=True):
+    """One per ledger: counters that survive the records they count."""
+
+    epoch: int = 0
+    """Controller starts so far; the run epoch of the frames."""
+    lineage: int = 0
+    """Learner starts so far, minus one."""
+    next_group: int = 0
+    """Groups admitted so far; also the task cursor."""
+    next_event: int = 0
+    admitted: int = 0
+    """Rollouts, as are the terminal counts below."""
+    trained: int = 0
+    filtered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    checkpoint: int = 0
+    """Version of the newest durable checkpoint: every step below it is in there."""
+    best_known_version: int = 0
+    """Steps trained so far, over all lineages."""
+
+
+class GroupRecord(msgspec.Struct, frozen=True):
+    """A group that is not over yet."""
+
+    group_id: int
+    version: int
+    """Learner version at admission."""
+    states: list[int]
+    """[G] State of each member"""
+    step: int = -1
+    """The step it was composed into."""
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """The composition of one step, committed before the learner gets it."""
+
+    step: int
+    groups: list[int]
+    weighted_tokens: int
+    """Sampled tokens within the staleness bound."""
+    stale_tokens: int
+    """Sampled tokens over it: weight 0."""
+    max_weighted_lag: int
+    """Largest lag among the tokens with weight: never above eta."""
+
+
+class EventRecord(msgspec.Struct, frozen=True):
+    """The terminal event of some members of a group."""
+
+    group_id: int
+    members: list[int]
+    event: TerminalEvent
+    reason: str
+    step: int = -1
+
+
+RUN = b"run"
+
+
+def group_key(group_id: int) -> bytes:
+    return b"group/%016x" % group_id
+
+
+def task_key(group_id: int) -> bytes:
+    return b"task/%016x" % group_id
+
+
+def payload_key(group_id: int, member: int) -> bytes:
+    return b"payload/%016x/%04x" % (group_id, member)
+
+
+def payload_prefix(group_id: int) -> bytes:
+    return b"payload/%016x/" % group_id
+
+
+def step_key(step: int) -> bytes:
+    return b"step/%016x" % step
+
+
+def event_key(number: int) -> bytes:
+    return b"event/%016x" % number
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[object, msgspec.msgpack.Decoder[object]] = {
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (RunRecord, GroupRecord, StepRecord, EventRecord, Task, list[RolloutResult])
+}
+
+
+def encode(record: object) -> bytes:
+    body = _encoder.encode(record)
+    return zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def decode(key: bytes, value: bytes, kind: type[T]) -> T:
+    """Raises LedgerCorrupt, naming the record, if a byte of it changed."""
+    body = value[4:]
+    if zlib.crc32(body) != int.from_bytes(value[:4], "little"):
+        raise LedgerCorrupt(f"record {key.decode()}: checksum does not match its {len(body)} bytes")
+    try:
+        return _decoders[kind].decode(body)  # type: ignore[return-value]
+    except msgspec.MsgspecError as error:
+        raise LedgerCorrupt(f"record {key.decode()}: {error}") from None

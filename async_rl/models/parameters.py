@@ -1,0 +1,96 @@
+"""Parameters under their Hugging Face names, and their places in one contiguous buffer: what weight transports move.
+
+layout = Layout.of(model, dtype=torch.bfloat16)         # learner; Layout.of(config, ...) where no weights are yet
+buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+layout.pack(model.named_parameters(), buffer)
+layout.views(buffer)["model.norm.weight"]               # no copy
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+ALIGNMENT = 64
+"""Bytes; every tensor starts at a multiple, so that views of any dtype are valid and cache lines are not shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in the buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """Bytes from the start of the buffer."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each parameter lies. Both ends compute it from the same config and dtype: compare `fingerprint`."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel | PreTrainedConfig, *, dtype: torch.dtype | None = None) -> Layout:
+        """Parameters in the model's own order, a tied one once; all of them as `dtype` where one is given."""
+        if isinstance(model, PreTrainedConfig):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(model)
+        entries: list[Entry] = []
+        offset = 0
+        for name, parameter in model.named_parameters():
+            entry = Entry(name, tuple(parameter.shape), dtype or parameter.dtype, offset)
+            entries.append(entry)
+            offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(entries))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer."""
+        last = self.entries[-1]
+        return last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def fingerprint(self) -> int:
+        """CRC-32 of names, shapes, dtypes and offsets."""
+        return zlib.crc32(repr([(e.name, e.shape, str(e.dtype), e.offset) for e in self.entries]).encode())
+
+    @torch.no_grad()
+    def pack(self, named: Iterable[tuple[str, torch.Tensor]], out: torch.Tensor) -> None:
+        """Copy the tensors into `out` ([nbytes] uint8, any device), cast to the layout's dtypes.
+
+        Names the layout does not have (a tied head) are left out; the bytes between tensors become 0, so that equal
+        weights give equal buffers.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape, or `out` is too small.
+        """
+        views = self.views(out)
+        for name, tensor in named:
+            view = views.pop(name, None)
+            if view is None:
+                continue
+            if view.shape != tensor.shape:
+                raise ValueError(f"{name}: shape {tuple(tensor.shape)}, the layout has {tuple(view.shape)}")
+            view.copy_(tensor)
+        if views:
+            raise ValueError(f"{len(views)} tensors of the layout were not given, the first is {next(iter(views))}")
+        for entry, end in zip(self.entries, [*(e.offset for e in self.entries[1:]), self.nbytes], strict=True):
+            out[entry.offset + entry.nbytes : end] = 0
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name -> tensor that shares memory with `buffer` ([nbytes] uint8 or more)."""
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < self.nbytes:
+            raise ValueError(f"a buffer of {self.nbytes} uint8 is needed, not {tuple(buffer.shape)} {buffer.dtype}")
+        return {e.name: buffer[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape) for e in self.entries}

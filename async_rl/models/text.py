@@ -1,0 +1,65 @@
+"""Text to token ids and back, with an error that names what could not be encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from async_rl.errors import UserError
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of the text alone, no special tokens added.
+
+    Raises:
+        UserError: naming the first character the vocabulary lacks.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception:
+        missing = _first_missing(tokenizer, text)
+        if missing is None:
+            raise
+        raise UserError(
+            f"character {missing!r} in {_shorten(text)!r} is not in the vocabulary of this model: "
+            "add it to model.tiny.characters"
+        ) from None
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation under the model's chat template, ready for the reply to be sampled.
+
+    With the tiny model, `[{"role": "user", "content": "3102="}]` becomes bos 3 1 0 2 =.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or a character is not in the vocabulary.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("this model has no chat template: give a prompt as text, or train an instruct model")
+    rendered = cast(
+        str,
+        tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True),
+    )
+    return encode(tokenizer, rendered)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of token ids; special tokens leave nothing."""
+    return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _first_missing(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    for special in tokenizer.all_special_tokens:
+        text = text.replace(special, "")
+    for character in text:
+        try:
+            tokenizer.encode(character, add_special_tokens=False)
+        except Exception:
+            return character
+    return None
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

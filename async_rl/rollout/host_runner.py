@@ -1,0 +1,36 @@
+"""Where the episode host runs: beside the caller, or on a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from async_rl.rollout.host import EpisodeHost
+
+
+async def inline(host: EpisodeHost) -> None:
+    """On the caller's loop: for virtual time and tests."""
+    await host.run()
+
+
+async def on_thread(host: EpisodeHost) -> None:
+    """On a thread: user code that blocks stops other episodes at most. Raises what the host raises."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    def main() -> None:
+        error: BaseException | None = None
+        try:
+            asyncio.run(host.run())
+        except BaseException as caught:  # raised again where the caller awaits
+            error = caught
+        loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=main, name="environment", daemon=True).start()
+    await ended

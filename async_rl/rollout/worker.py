@@ -1,0 +1,245 @@
+"""The generator: leases in, scored rollouts out, weights swapped in between. The wire and the heartbeats live here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
+
+from async_rl.engines.protocol import Engine, Snapshot
+from async_rl.environments.api import Environment
+from async_rl.errors import ProtocolError
+from async_rl.rollout.host import EpisodeHost, Text
+from async_rl.telemetry.activity import process_cpu_s
+from async_rl.weights.errors import WeightsError, WeightsGone
+from async_rl.wire.messages import (
+    Ack,
+    Activity,
+    Cancel,
+    Credit,
+    Failed,
+    Finished,
+    GeneratorMessage,
+    GroupLease,
+    Heartbeat,
+    Hello,
+    HelloAck,
+    Lease,
+    Shutdown,
+    ToGenerator,
+    WeightGroup,
+    WeightsAnnounce,
+    WeightsFailed,
+    WeightsLive,
+)
+from async_rl.wire.transport import Client
+
+RESEND_AFTER_S = 5.0
+"""A result that was not acknowledged for so long is sent again."""
+
+log = logging.getLogger(__name__)
+
+
+class WeightsReceiver(Protocol):
+    """Where new weights come from (weights.receiver; in virtual time there is nothing to fetch)."""
+
+    async def fetch(self, announce: WeightsAnnounce) -> Snapshot:
+        """Raises WeightsError, saying why, if these weights cannot be had: the old ones stay live."""
+        ...
+
+    async def regroup(self, group: WeightGroup) -> None: ...
+
+
+class HostRunner(Protocol):
+    """Runs the episode host: on a thread of its own (rollout.host_thread), or inline in virtual time."""
+
+    def __call__(self, host: EpisodeHost) -> Awaitable[None]: ...
+
+
+class RolloutWorker:
+    """`await run()` until the controller says Shutdown.
+
+    Args:
+        credit: rollouts this generator holds at most, running or queued.
+        run_host: how the host runs; returns when it is closed, raises what it raises.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        transport: Client[GeneratorMessage, ToGenerator],
+        engine: Engine,
+        environment: Environment,
+        text: Text,
+        receiver: WeightsReceiver,
+        credit: int,
+        timeout_s: float,
+        run_host: HostRunner,
+    ) -> None:
+        self._name, self._transport, self._engine, self._receiver = name, transport, engine, receiver
+        self._credit, self._run_host = credit, run_host
+        self._loop = asyncio.get_running_loop()
+        self.host = EpisodeHost(
+            environment,
+            text,
+            engine,
+            timeout_s=timeout_s,
+            started=self._host_is_up,
+            report=self._report_threadsafe,
+            clock=self._loop.time,
+        )
+        self._host_started = asyncio.Event()
+        self._held: list[GroupLease] = []
+        """Leases that wait for newer weights."""
+        self._unacked: dict[tuple[int, int], tuple[float, Finished | Failed]] = {}
+        self._ended = 0
+        self._newest: WeightsAnnounce | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._welcomed: asyncio.Future[float] = self._loop.create_future()
+        """The heartbeat interval, once the controller has answered the Hello."""
+        self.shutdown: Shutdown | None = None
+
+    async def run(self) -> Shutdown:
+        """Returns why it ended. Raises what the engine, the host or the wire raise."""
+        self._engine.start(self.host.deliver_threadsafe)
+        self._transport.send(Hello("generator", self._name, os.getpid(), weights=self._engine.weights))
+        self._send_credit()
+        async with asyncio.TaskGroup() as self._tasks:
+            host = self._tasks.create_task(self._host(), name="episode host")
+            self._in_background(self._beat())
+            self._in_background(self._engine.wait_stopped())
+            await self._serve()
+            self.host_call(self.host.close)
+            await host
+            for task in self._background:
+                task.cancel()
+        await self._engine.stop()
+        assert self.shutdown is not None
+        return self.shutdown
+
+    def activity(self) -> Activity:
+        """Idle causes of the host, with the engine's sections taken out of the time requests spent there."""
+        seconds, engine = self.host.tracker.seconds(), self._engine.activity()
+        step, swap = engine.get("engine_step", 0.0), engine.get("swap", 0.0)
+        seconds["engine_step"], seconds["weight_swap"] = step, swap
+        seconds["dispatch"] = max(0.0, seconds.pop("engine", 0.0) - step - swap)
+        return Activity(self._loop.time(), seconds, process_cpu_s(), self.host.sampled_tokens)
+
+    def host_call(self, method: Callable[..., None], *args: object) -> None:
+        """Call a method of the host on the host's loop."""
+        with contextlib.suppress(RuntimeError):  # its loop is closed: it runs nothing any more
+            self.host.loop.call_soon_threadsafe(method, *args)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _host(self) -> None:
+        await self._run_host(self.host)
+
+    async def _serve(self) -> None:
+        await self._host_started.wait()
+        while self.shutdown is None:
+            for message in await self._transport.receive():
+                self._handle(message)
+
+    def _handle(self, message: ToGenerator) -> None:
+        match message:
+            case Lease(groups):
+                self._held += groups
+                self._release()
+            case Ack(group_id, members):
+                for member in members:
+                    self._unacked.pop((group_id, member), None)
+            case Cancel(group_id, members):
+                self._held = [lease for lease in self._held if lease.group_id != group_id]
+                self._ended += len(members)
+                self.host_call(self.host.cancel, group_id, members)
+                self._send_credit()
+            case WeightsAnnounce():
+                self._newest = message
+                self._in_background(self._take_weights(message))
+            case WeightGroup():
+                self._in_background(self._regroup(message))
+            case Heartbeat():
+                self._send_heartbeat()
+            case HelloAck(worker_id, heartbeat_s=heartbeat_s):
+                log.info("welcome, %s", worker_id)
+                if not self._welcomed.done():
+                    self._welcomed.set_result(heartbeat_s)
+            case Shutdown():
+                self.shutdown = message
+            case _:
+                raise ProtocolError(f"a generator does not expect {type(message).__name__}")
+
+    def _release(self) -> None:
+        """Start the leases whose weights are here."""
+        live = self._engine.weights
+        version = -1 if live is None else live.version
+        starting = [lease for lease in self._held if lease.min_version <= version]
+        self._held = [lease for lease in self._held if lease.min_version > version]
+        if starting:
+            self.host_call(self.host.start, starting)
+        self.host_call(self.host.hold, bool(self._held))
+
+    async def _take_weights(self, announce: WeightsAnnounce) -> None:
+        if announce.transport == "shared_memory" and announce is not self._newest:
+            return  # a file can be skipped; a broadcast has to be joined
+        try:
+            stall_s = await self._engine.load_weights(await self._receiver.fetch(announce))
+        except WeightsGone:
+            return  # newer ones are on their way
+        except (WeightsError, ValueError) as error:
+            log.warning("weights %s did not arrive: %s", announce.weights, error)
+            self._transport.send(WeightsFailed(announce.weights, str(error)))
+            return
+        self._transport.send(WeightsLive(announce.weights, stall_s))
+        self._release()
+
+    async def _regroup(self, group: WeightGroup) -> None:
+        try:
+            await self._receiver.regroup(group)
+        except WeightsError as error:  # the learner, which waits for us in the same group, reports it
+            log.warning("weight group %d was not formed: %s", group.epoch, error)
+
+    async def _beat(self) -> None:
+        interval = await self._welcomed
+        while True:
+            await asyncio.sleep(interval)
+            self._send_heartbeat()
+            overdue = self._loop.time() - RESEND_AFTER_S
+            late = {id(m): m for sent, m in self._unacked.values() if sent < overdue}
+            self._send_results(list(late.values()))
+
+    def _send_heartbeat(self) -> None:
+        self._transport.send(Heartbeat(self.activity(), self._engine.weights))
+
+    def _send_credit(self) -> None:
+        self._transport.send(Credit(self._credit + self._ended))
+
+    def _host_is_up(self) -> None:
+        self._loop.call_soon_threadsafe(self._host_started.set)
+
+    def _report_threadsafe(self, messages: list[Finished | Failed]) -> None:
+        self._loop.call_soon_threadsafe(self._report, messages)
+
+    def _report(self, messages: list[Finished | Failed]) -> None:
+        self._ended += sum(len(_members(message)) for message in messages)
+        self._send_results(messages)
+        self._send_heartbeat()
+        self._send_credit()
+
+    def _send_results(self, messages: list[Finished | Failed]) -> None:
+        for message in messages:
+            for member in _members(message):
+                self._unacked[message.group_id, member] = (self._loop.time(), message)
+            self._transport.send(message)
+
+
+def _members(message: Finished | Failed) -> list[int]:
+    return [result.member for result in message.members] if isinstance(message, Finished) else [message.member]

@@ -1,0 +1,51 @@
+"""Pure: an asyncio event loop whose clock jumps to the next timer instead of waiting for it.
+
+    result = run_virtual(main())          # hours of virtual time in milliseconds, the same every time
+
+The control plane knows time only through `loop.time()`, `call_later` and `asyncio.timeout`, so it runs here unchanged.
+Sockets and threads do not belong here: a loop that would wait for them for ever raises Deadlock instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Deadlock(RuntimeError):
+    """Every task waits and no timer is set: in real time this would hang for ever."""
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Instead of sleeping until the next timer, moves the clock there."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise Deadlock("every task waits and no timer is set")
+            self.now += timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Starts at time 0."""
+
+    def __init__(self) -> None:
+        self._clock = _JumpingSelector()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in virtual time. Raises Deadlock where nothing can ever happen again."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)

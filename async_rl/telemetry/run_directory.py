@@ -1,0 +1,205 @@
+"""One run on disk.
+
+config.json       the resolved recipe            ledger/        what happened to every rollout (LMDB)
+metrics.jsonl     one object per step            checkpoints/   step-000100/ ... loadable by from_pretrained
+evaluations.jsonl one object per evaluation      logs/          one file per process
+summary.json      when the run is complete       failures.jsonl tracebacks of failed episodes
+lock              who is at work here            admin.json     where the admin endpoint listens
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from async_rl import config
+from async_rl.config import Run
+from async_rl.errors import UserError
+from async_rl.telemetry.exporters import Export
+from async_rl.telemetry.journal import EvalSummary, Row
+
+Tell = Callable[[str, Any], None]
+
+LOCK_TIMEOUT_S = 10.0
+MAX_FAILURES = 1000
+"""Tracebacks kept; a run whose every episode fails should not fill the disk."""
+
+
+class RunDirectory:
+    """Paths, and the reading of what stands there. Making one writes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config, self.summary, self.lock = self.path / "config.json", self.path / "summary.json", self.path / "lock"
+        self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
+        self.failures, self.admin = self.path / "failures.jsonl", self.path / "admin.json"
+        self.ledger, self.checkpoints, self.logs = self.path / "ledger", self.path / "checkpoints", self.path / "logs"
+
+    def create(self, run: Run) -> None:
+        """A new run directory, or the same run continued; only more steps than before may be asked for.
+
+        Raises:
+            UserError: it cannot be written, or holds another run.
+        """
+        if self.config.exists():
+            old = self.load_config()
+            changed = config.differences(msgspec.structs.replace(old, steps=run.steps), run)
+            if changed:
+                raise UserError(
+                    f"run directory {self.path} holds a run with another recipe ({'; '.join(changed[:3])}): "
+                    "choose another --run-dir, or start it with the recipe it has"
+                )
+            if run.steps < old.steps:
+                raise UserError(
+                    f"steps = {run.steps}: {self.path} was started for {old.steps} steps; write at least that"
+                )
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, config.dumps(run))
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.path}: cannot be written ({error.strerror}); choose another --run-dir"
+            ) from None
+
+    def load_config(self) -> Run:
+        try:
+            return config.from_table(json.loads(self.config.read_text()))
+        except OSError as error:
+            raise UserError(f"{self.path} is no run directory: {self.config.name}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.config} is damaged: {error}") from None
+
+    def load_summary(self) -> Row | None:
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def load_metrics(self) -> list[Row]:
+        return _read_lines(self.metrics)
+
+    def is_complete(self, run: Run) -> bool:
+        summary = self.load_summary()
+        return summary is not None and summary["steps"] >= run.steps
+
+    def hold(self) -> IO[str]:
+        """Lock the directory for this process; keep the returned file open. From the main thread only.
+
+        Raises:
+            UserError: another controller is still at work after 10 s; it is named.
+        """
+        handle = self.lock.open("a+")
+        previous = signal.signal(signal.SIGALRM, _give_up)
+        signal.setitimer(signal.ITIMER_REAL, LOCK_TIMEOUT_S)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except TimeoutError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            handle.close()
+            raise UserError(
+                f"run directory {self.path} is in use by {holder}: stop it, or choose another --run-dir"
+            ) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        handle.flush()
+        return handle
+
+
+class DirectoryJournal:
+    """The controller's journal in a run directory. Lines are flushed as they are written."""
+
+    def __init__(self, directory: RunDirectory, tell: Tell, exports: Sequence[Export] = ()) -> None:
+        """tell: called with (kind, data) for whoever watches: "step", "evaluation", "summary", "say"."""
+        self._directory, self._tell, self._exports = directory, tell, exports
+        self._rows: list[Row] = _read_lines(directory.metrics)
+        self._evaluations = [msgspec.convert(row, EvalSummary) for row in _read_lines(directory.evaluations)]
+        self._rewrite()
+        self._metrics = directory.metrics.open("a")
+        self._failures = 0
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self._rows
+
+    @property
+    def evaluations(self) -> Sequence[EvalSummary]:
+        return self._evaluations
+
+    def step(self, row: Row) -> None:
+        self._rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for export in self._exports:
+            export(row["step"], row)
+        self._tell("step", row)
+
+    def evaluated(self, summary: EvalSummary) -> None:
+        self._evaluations.append(summary)
+        with self._directory.evaluations.open("a") as file:
+            file.write(json.dumps(msgspec.to_builtins(summary)) + "\n")
+        self._tell("evaluation", msgspec.to_builtins(summary))
+
+    def rewind(self, version: int) -> None:
+        if all(row["step"] < version for row in self._rows):
+            return
+        self._rows = [row for row in self._rows if row["step"] < version]
+        self._metrics.close()
+        self._rewrite()
+        self._metrics = self._directory.metrics.open("a")
+
+    def failed(self, group_id: int, member: int, reason: str, traceback: str) -> None:
+        self._failures += 1
+        if self._failures == 1:
+            self._tell("say", f"an episode failed: {reason} (tracebacks are in {self._directory.failures.name})")
+        if self._failures <= MAX_FAILURES:
+            with self._directory.failures.open("a") as file:
+                row = {"group": group_id, "member": member, "reason": reason, "traceback": traceback}
+                file.write(json.dumps(row) + "\n")
+
+    def summary(self, summary: Row) -> None:
+        write_atomically(self._directory.summary, json.dumps(summary, indent=2) + "\n")
+        self._tell("summary", summary)
+
+    def say(self, line: str) -> None:
+        self._tell("say", line)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+    def _rewrite(self) -> None:
+        """What was read, whole lines only: a killed process may have left half a line."""
+        write_atomically(self._directory.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, json.dumps(value) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old content or the new, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_lines(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _give_up(signum: int, frame: types.FrameType | None) -> None:
+    raise TimeoutError

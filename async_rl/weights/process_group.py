@@ -1,0 +1,203 @@
+"""Weights through a process group of their own, beside the learner's default group, of which it knows nothing.
+
+Rank 0 is the learner, `members[i]` has rank i + 1. A group has an epoch: whenever members come, go or die, everybody
+forms a new one under the next epoch, and the old one is dropped. A broadcast is the header, which says what comes, then
+the payload in buckets; it is received into staging, verified, and only then handed over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from async_rl.engines.protocol import Snapshot
+from async_rl.models.parameters import Layout
+from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded, WeightsError, WeightsGone
+from async_rl.weights.group import Forming, Group, host_store
+from async_rl.weights.header import SIZE, Header, name
+from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
+
+BUCKET_BYTES = 16 << 20
+LEARNER = "learner"
+CPU = torch.device("cpu")
+
+
+class _Member:
+    """What both ends share: the present group, the one being formed, and how a newer one interrupts them."""
+
+    def __init__(self, timeout_s: float, device: torch.device) -> None:
+        self._timeout_s, self._device = timeout_s, device
+        self._lock = threading.Lock()
+        self._wanted = -1
+        self._forming: Forming | None = None
+        self._group: Group | None = None
+
+    def interrupt(self, epoch: int) -> None:
+        """A group of this epoch is coming: what waits for members of an older one stops waiting. From any thread."""
+        with self._lock:
+            self._wanted = max(self._wanted, epoch)
+            forming, group = self._forming, self._group
+        if group is not None and group.epoch < epoch:
+            group.interrupt()
+        if forming is not None and forming.epoch < epoch:
+            forming.interrupt()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._drop()
+
+    def _form(self, store: TCPStore, epoch: int, rank: int, names: Sequence[str]) -> None:
+        self._drop()
+        forming = Forming(store, epoch, rank, names, self._timeout_s)
+        with self._lock:
+            self._refuse_old(epoch)
+            self._forming = forming
+        try:
+            group = forming.form(self._device)
+        finally:
+            with self._lock:
+                self._forming = None
+        with self._lock:
+            self._group = group
+            superseded = epoch < self._wanted
+        if superseded:
+            self._drop()
+            raise GroupSuperseded(f"weight group {epoch} is being replaced")
+
+    def _present(self) -> Group | None:
+        with self._lock:
+            return self._group
+
+    def _refuse_old(self, epoch: int) -> None:
+        if epoch < self._wanted:
+            raise GroupSuperseded(f"weight group {epoch} is being replaced by {self._wanted}")
+
+    def _drop(self) -> None:
+        with self._lock:
+            group, self._group = self._group, None
+        if group is not None:
+            group.drop()
+
+
+class ProcessGroupSender(_Member):
+    """The learner's end; a publisher.Sender. Hosts the rendezvous store, on `host` and nowhere else."""
+
+    def __init__(
+        self, layout: Layout, *, host: str = "127.0.0.1", timeout_s: float = 30.0, device: torch.device = CPU
+    ) -> None:
+        super().__init__(timeout_s, device)
+        self._layout = layout
+        self._store, port = host_store(host, timeout_s)
+        self.store = f"{host}:{port}"
+        """host:port, for Hello.weights_store."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a group to send to."""
+        return self._present() is not None
+
+    def form(self, group: WeightGroup) -> bool:
+        """Come to a new group. True: the newest weights have to travel (again), its members may lack them.
+
+        Raises:
+            GroupIncomplete, GroupSuperseded: there is no group now.
+        """
+        if not group.members:
+            self._drop()
+            return False
+        self._form(self._store, group.epoch, 0, [LEARNER, *group.members])
+        return True
+
+    def send(self, weights: WeightsId, payload: Tensor, announce: Callable[[WeightsAnnounce], None]) -> None:
+        """Announce, so that the members join in, then broadcast.
+
+        Raises:
+            WeightsError: it did not arrive everywhere; there is no group now.
+        """
+        group = self._present()
+        if group is None:
+            raise BroadcastFailed(f"weights {name(weights)}: there is no weight group")
+        header = Header.of(weights, payload, self._layout)
+        announce(WeightsAnnounce(weights, "process_group", str(group.epoch), header.nbytes, header.checksum))
+        try:
+            first = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)
+            group.broadcast(first.to(group.device), f"weights {name(weights)}, header")
+            for what, bucket in _buckets(weights, payload):
+                group.broadcast(bucket.to(group.device), what)
+        except WeightsError:
+            self._drop()
+            raise
+
+
+class ProcessGroupReceiver(_Member):
+    """The generator's end. A snapshot it returns stays valid until the second `receive` after it."""
+
+    def __init__(self, member: str, layout: Layout, *, timeout_s: float = 30.0, device: torch.device = CPU) -> None:
+        super().__init__(timeout_s, device)
+        self._member, self._layout = member, layout
+        self._staging = [self._empty(), self._empty()]
+
+    def form(self, group: WeightGroup) -> None:
+        """Come to a new group, or leave where we are not among its members.
+
+        Raises:
+            GroupIncomplete, GroupSuperseded: we are in no group now.
+        """
+        self._drop()
+        if self._member not in group.members:
+            return
+        host, _, port = group.store.rpartition(":")
+        try:
+            store = TCPStore(
+                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self._timeout_s)
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise GroupIncomplete(
+                f"the rendezvous store of the learner at {group.store} does not answer: {reason}"
+            ) from error
+        self._form(store, group.epoch, 1 + group.members.index(self._member), [LEARNER, *group.members])
+
+    def receive(self, announce: WeightsAnnounce) -> Snapshot:
+        """Join the broadcast that was announced. What it brings is named by its header, not by the announcement.
+
+        Raises:
+            WeightsGone: it belongs to another group than ours.
+            WeightsError: it did not arrive whole; we are in no group now.
+        """
+        group = self._present()
+        if group is None or str(group.epoch) != announce.location:
+            ours = "none" if group is None else f"{group.epoch}"
+            raise WeightsGone(
+                f"weights {name(announce.weights)} travel in weight group {announce.location}, ours is {ours}"
+            )
+        staging = self._staging[0]
+        try:
+            first = torch.zeros(SIZE, dtype=torch.uint8, device=group.device)
+            group.broadcast(first, f"weights {name(announce.weights)}, header")
+            header = Header.decode(first.cpu().numpy().tobytes())
+            header.check_layout(self._layout)
+            for what, bucket in _buckets(header.weights, staging):
+                group.broadcast(bucket, what)
+            header.check_payload(staging.cpu())
+        except WeightsError:
+            self._drop()
+            self._staging[0] = self._empty()  # an operation that hangs may write to the old one later
+            raise
+        self._staging.reverse()
+        return Snapshot(header.weights, self._layout.views(staging))
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=self._device)
+
+
+def _buckets(weights: WeightsId, payload: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Parts of the payload, each with the words that say which it is."""
+    parts = payload.split(BUCKET_BYTES)
+    for index, part in enumerate(parts):
+        yield f"weights {name(weights)}, bucket {index + 1} of {len(parts)}", part

@@ -1,0 +1,193 @@
+"""The learner's end of the weights: training hands over a snapshot and goes on; a thread sends it.
+
+    publisher = make_publisher(run, run_directory, learner.layout, announce, failed)
+    hello = Hello(..., weights_store=publisher.store)
+    publisher.publish(learner.weights, learner.snapshot)     # after a step; returns when the copy is made
+    publisher.regroup(message)                               # a WeightGroup message; returns at once
+    publisher.close()
+
+`announce(WeightsAnnounce)` and `failed(WeightsFailed)` are called in the publisher's thread: an asyncio service passes
+`lambda message: loop.call_soon_threadsafe(outbox.put_nowait, message)`.
+
+shared_memory   the announcement comes when the file is complete. WeightGroup messages mean nothing.
+process_group   the announcement comes before the broadcast, which its receivers have to join. Without a group the
+                newest snapshot waits for one; a new group gets the newest snapshot even if the old one had it. After
+                `failed`, which names the members that are missing where it can, there is no group until the next
+                WeightGroup: the controller answers with one, of the members that are alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from async_rl.config import Run
+from async_rl.models.parameters import Layout
+from async_rl.weights.errors import GroupSuperseded, WeightsError
+from async_rl.weights.process_group import ProcessGroupSender
+from async_rl.weights.shared_memory import SharedMemorySender
+from async_rl.weights.staging import Staging
+from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsFailed, WeightsId
+
+CLOSE_TIMEOUT_S = 2.0
+"""How long `close` lets a transfer in progress come to its end."""
+LAST_EPOCH = 1 << 62
+"""Above every epoch of a weight group: nothing is formed any more."""
+
+
+class Sender(Protocol):
+    """One transport. `send` and `form` run in the publisher's thread and may block; `interrupt` comes from others."""
+
+    @property
+    def store(self) -> str: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is someone to send to."""
+        ...
+
+    def form(self, group: WeightGroup) -> bool:
+        """Members have changed. Returns whether the newest weights have to be sent again. Raises WeightsError."""
+        ...
+
+    def send(self, weights: WeightsId, payload: Tensor, announce: Callable[[WeightsAnnounce], None]) -> None:
+        """Raises WeightsError where it did not succeed."""
+        ...
+
+    def interrupt(self, epoch: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Publisher:
+    """A thread, a transport and two staging buffers."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        layout: Layout,
+        announce: Callable[[WeightsAnnounce], None],
+        failed: Callable[[WeightsFailed], None],
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._sender, self._announce, self._failed = sender, announce, failed
+        self._condition = threading.Condition()
+        self._staging = Staging(layout.nbytes, self._condition, pinned=pinned)
+        self._group: WeightGroup | None = None
+        self._closing = False
+        self._sent, self._failures, self._send_s = 0, 0, 0.0
+        self._thread = threading.Thread(target=self._run, name="weights-publisher", daemon=True)
+        self._thread.start()
+
+    @property
+    def store(self) -> str:
+        """host:port of the rendezvous store, "" where the transport needs none: for Hello.weights_store."""
+        return self._sender.store
+
+    def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None:
+        """Copy a snapshot with `write(buffer)` ([layout.nbytes] uint8), to travel instead of one that still waits.
+
+        For one thread at a time. Returns as soon as the copy is made, whatever is on its way.
+        """
+        self._staging.fill(weights, write)
+
+    def regroup(self, group: WeightGroup) -> None:
+        """Form this group as soon as possible; one being formed, and a broadcast in progress, are given up."""
+        with self._condition:
+            self._group = group
+            self._condition.notify_all()
+        self._sender.interrupt(group.epoch)
+
+    def statistics(self) -> dict[str, float]:
+        """Snapshots sent, failed and overwritten before they left; seconds the last one took."""
+        with self._condition:
+            return {
+                "sent": self._sent,
+                "failed": self._failures,
+                "coalesced": self._staging.coalesced,
+                "send_s": self._send_s,
+            }
+
+    def close(self) -> None:
+        """Stop. A transfer in progress gets a moment to end; what the transport left lying about is removed."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._sender.interrupt(LAST_EPOCH)
+        self._sender.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(self._has_work)
+                if self._closing:
+                    return
+                group, self._group = self._group, None
+                staged = None if group is not None else self._staging.take()
+            if group is not None:
+                self._form(group)
+            elif staged is not None:
+                try:
+                    self._send(staged.weights, staged.payload)
+                finally:
+                    self._staging.release()
+
+    def _has_work(self) -> bool:
+        return self._closing or self._group is not None or (self._staging.pending and self._sender.ready)
+
+    def _form(self, group: WeightGroup) -> None:
+        try:
+            again = self._sender.form(group)
+        except GroupSuperseded:
+            return  # the group that supersedes it is already here
+        except WeightsError as error:
+            with self._condition:
+                newest = self._staging.newest
+            self._report(newest or WeightsId(0, 0), error)
+            return
+        if again:
+            with self._condition:
+                self._staging.again()
+
+    def _send(self, weights: WeightsId, payload: Tensor) -> None:
+        started = time.monotonic()
+        try:
+            self._sender.send(weights, payload, self._announce)
+        except GroupSuperseded:
+            return  # it travels again as soon as the new group stands
+        except WeightsError as error:
+            self._report(weights, error)
+            return
+        with self._condition:
+            self._sent += 1
+            self._send_s = time.monotonic() - started
+
+    def _report(self, weights: WeightsId, error: WeightsError) -> None:
+        with self._condition:
+            self._failures += 1
+        self._failed(WeightsFailed(weights, str(error)))
+
+
+def make_publisher(
+    run: Run,
+    run_directory: Path,
+    layout: Layout,
+    announce: Callable[[WeightsAnnounce], None],
+    failed: Callable[[WeightsFailed], None],
+    *,
+    pinned: bool = False,
+) -> Publisher:
+    """The transport of the recipe. `pinned`: staging in page-locked memory, for a learner on a GPU."""
+    sender: Sender
+    if run.weights.transport == "shared_memory":
+        sender = SharedMemorySender(run_directory, layout)
+    else:
+        sender = ProcessGroupSender(layout, host=run.controller.host, timeout_s=run.weights.timeout_s)
+    return Publisher(sender, layout, announce, failed, pinned=pinned)

@@ -1,0 +1,124 @@
+"""The streams over ZeroMQ: ROUTER at the controller, DEALER elsewhere, one frame per message.
+
+High-water marks are a fuse, not flow control: credit bounds what is in flight far below them. A ROUTER drops what it
+cannot route; the peer asks again after its next Hello.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import zmq
+import zmq.asyncio
+
+from async_rl.errors import UserError
+from async_rl.wire.codec import Codec
+from async_rl.wire.transport import MAX_FRAME_BYTES, Client, Server
+
+S = TypeVar("S")
+R = TypeVar("R")
+
+HANDSHAKE_TIMEOUT_MS = 5000
+LINGER_MS = 1000
+"""How long a closing socket tries to hand over what it still holds (the last ack, the goodbye)."""
+MAX_CONNECTIONS = 16384
+COPY_BELOW_BYTES = 65536
+"""Larger frames are handed to ZeroMQ without a copy."""
+
+log = logging.getLogger(__name__)
+
+
+def _socket(kind: int) -> zmq.asyncio.Socket:
+    context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, MAX_CONNECTIONS)
+    socket = context.socket(kind)
+    for option, value in (
+        (zmq.LINGER, LINGER_MS),
+        (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS),
+        (zmq.SNDHWM, 100_000),
+        (zmq.RCVHWM, 100_000),
+    ):
+        socket.setsockopt(option, value)
+    return socket
+
+
+async def _close(socket: zmq.asyncio.Socket) -> None:
+    """Returns when the peer's transport has the last frame, or after LINGER_MS."""
+    context = socket.context
+    socket.close()
+    await asyncio.to_thread(context.term)
+
+
+class _Sends:
+    """Keeps pending sends alive and looks at their result, so that no error is lost."""
+
+    def __init__(self) -> None:
+        self._pending: set[asyncio.Future[object]] = set()
+
+    def track(self, sending: Awaitable[object]) -> None:
+        future = asyncio.ensure_future(sending)
+        self._pending.add(future)
+        future.add_done_callback(self._done)
+
+    def _done(self, future: asyncio.Future[object]) -> None:
+        self._pending.discard(future)
+        if not future.cancelled() and (error := future.exception()) is not None:
+            log.info("a frame was not sent: %s", error)  # EHOSTUNREACH: the peer is gone, its heartbeats will say so
+
+
+class ZmqServer(Server[S, R]):
+    def __init__(self, codec: Codec[S, R], host: str, port: int) -> None:
+        """Binds at once. Port 0 takes any free one. Raises UserError if the port is taken."""
+        super().__init__(codec)
+        self._socket = _socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._sends = _Sends()
+        try:
+            self._socket.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._socket.context.destroy(0)
+            raise UserError(
+                f"controller.port = {port}: cannot listen on {host}:{port} ({error.strerror}); write a free port, or 0"
+            ) from None
+
+    @property
+    def address(self) -> str:
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _deliver(self, peer: str, data: bytes) -> None:
+        self._sends.track(self._socket.send_multipart([bytes.fromhex(peer), data], copy=len(data) < COPY_BELOW_BYTES))
+
+    async def _next(self) -> tuple[str, bytes]:
+        while True:
+            parts = await self._socket.recv_multipart()
+            if len(parts) == 2:
+                return parts[0].hex(), parts[1]
+            self.refused += 1  # one frame per message: MAXMSGSIZE bounds a frame, not a message of many frames
+
+    async def close(self) -> None:
+        await super().close()
+        await _close(self._socket)
+
+
+class ZmqClient(Client[S, R]):
+    def __init__(self, codec: Codec[S, R], address: str) -> None:
+        super().__init__(codec)
+        self._socket = _socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, b"\1" + uuid.uuid4().bytes)  # a first byte of 0 is reserved by ZeroMQ
+        self._socket.connect(address)
+        self._sends = _Sends()
+
+    def _deliver(self, data: bytes) -> None:
+        self._sends.track(self._socket.send(data, copy=len(data) < COPY_BELOW_BYTES))
+
+    async def _next(self) -> bytes:
+        return await self._socket.recv()
+
+    async def close(self) -> None:
+        await super().close()
+        await _close(self._socket)

@@ -1,0 +1,83 @@
+"""What every service shares with whoever started it: its options, and the pipe to its parent.
+
+Up the pipe go JSON lines ({"kind": "ready", "data": ...}); down comes at most one line, `stop`. When the parent's end
+closes, for whatever reason, the child exits: a thread of its own waits for that, and PDEATHSIG is the backup. No
+orphan, ever. Without a parent (one service per process on a cluster) lines are printed and nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PIPE_VARIABLE = "ASYNC_RL_PARENT_FD"
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    run_dir: Path
+    name: str
+    """`generator-0`; stable across restarts."""
+    connect: str = ""
+    """Address of the stream this service joins; the controller has none."""
+
+
+class Parent:
+    """The process that started this one."""
+
+    def __init__(self) -> None:
+        descriptor = os.environ.pop(PIPE_VARIABLE, "")
+        self._socket = socket.socket(fileno=int(descriptor)) if descriptor else None
+        self._lock = threading.Lock()
+        self._stop: Callable[[], object] | None = None
+        self._stop_came = False
+        if self._socket is not None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            threading.Thread(target=self._listen, name="parent", daemon=True).start()
+
+    def tell(self, kind: str, data: Any = None) -> None:
+        line = json.dumps({"kind": kind, "data": data})
+        with self._lock:
+            if self._socket is None:
+                print(line, flush=True)
+                return
+            try:
+                self._socket.sendall(line.encode() + b"\n")
+            except OSError:
+                os._exit(1)  # the parent is gone
+
+    def ready(self, data: Any = None) -> None:
+        """Everything is loaded. What is on the heap now stays: the garbage collector need not walk through it again
+        (a full collection over the modules of torch and transformers stops a process for 50 ms)."""
+        gc.collect()
+        gc.freeze()
+        self.tell("ready", data)
+
+    def on_stop(self, stop: Callable[[], object]) -> None:
+        """Called on another thread when the parent asks for an orderly end; at once if it already has."""
+        with self._lock:
+            self._stop = stop
+            came = self._stop_came
+        if came:
+            stop()
+
+    def _listen(self) -> None:
+        assert self._socket is not None
+        while self._socket.recv(64):
+            with self._lock:
+                self._stop_came, stop = True, self._stop
+            if stop is not None:
+                stop()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,50 @@
+"""The controller process: ledger, streams, admin endpoint. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+
+from async_rl.launch.child import Parent, ServeOptions
+
+from async_rl import config
+from async_rl.controller import admin
+from async_rl.controller.controller import Controller
+from async_rl.environments.api import find, make_tasks
+from async_rl.ledger.ledger import Ledger
+from async_rl.ledger.store import LmdbStore
+from async_rl.telemetry.exporters import exporters
+from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory, write_json
+from async_rl.wire.codec import rollout_stream, training_stream
+from async_rl.wire.zeromq import ZmqServer
+
+
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+    directory = RunDirectory(options.run_dir)
+    with directory.hold():
+        asyncio.run(_serve(run, directory, parent))
+
+
+async def _serve(run: config.Run, directory: RunDirectory, parent: Parent) -> None:
+    environment = find(run.environment)
+    tasks = make_tasks(environment, run.environment.options, run.seed)
+    host, port = run.controller.host, run.controller.port
+    rollouts = ZmqServer(rollout_stream(), host, port)
+    training = ZmqServer(training_stream(), host, port + 1 if port else 0)
+    ledger = await Ledger.open(LmdbStore(directory.ledger))
+    journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
+    controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
+    runner, url = await admin.start(controller, host, run.controller.admin_port)
+    try:
+        write_json(directory.admin, {"url": url})
+        loop = asyncio.get_running_loop()
+        parent.on_stop(lambda: loop.call_soon_threadsafe(controller.stop))
+        parent.ready({"rollouts": rollouts.address, "training": training.address, "admin": url})
+        complete = await controller.run()
+        parent.tell("end", {"complete": complete, "step": controller.version})
+    finally:
+        await runner.cleanup()
+        directory.admin.unlink(missing_ok=True)
+        journal.close()
+        await ledger.close()
+        await rollouts.close()
+        await training.close()

@@ -1,0 +1,57 @@
+"""A generator process: the embedded engine, the environment, and the worker that joins them to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+from async_rl.launch.child import Parent, ServeOptions
+
+from async_rl import config
+from async_rl.engines.embedded import EmbeddedEngine
+from async_rl.environments.api import find
+from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
+from async_rl.rollout.host_runner import on_thread
+from async_rl.rollout.tokenizer_text import TokenizerText
+from async_rl.rollout.worker import RolloutWorker
+from async_rl.weights.receiver import make_receiver
+from async_rl.weights.wire_layout import wire_layout
+from async_rl.wire.codec import rollout_stream
+from async_rl.wire.zeromq import ZmqClient
+
+
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+    asyncio.run(_serve(run, options, parent))
+
+
+async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+    model_config = load_config(run.model)
+    device = run.generator.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = EmbeddedEngine(
+        model_config,
+        slots=run.generator.slots,
+        max_length=run.generator.max_length,
+        dtype=getattr(torch, run.generator.dtype),
+        device=device,
+    )
+    receiver = make_receiver(run, options.name, wire_layout(run, model_config))
+    transport = ZmqClient(rollout_stream().mirror, options.connect)
+    worker = RolloutWorker(
+        name=options.name,
+        transport=transport,
+        engine=engine,
+        environment=find(run.environment),
+        text=TokenizerText(load_tokenizer(run.model), load_stop_tokens(run.model)),
+        receiver=receiver,
+        credit=run.credit_rollouts,
+        timeout_s=run.environment.timeout_s,
+        run_host=on_thread,
+    )
+    parent.ready()
+    try:
+        await worker.run()
+    finally:
+        receiver.close()
+        await transport.close()

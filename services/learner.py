@@ -1,0 +1,44 @@
+"""A learner process: rank 0 talks to the controller, the other ranks follow it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from async_rl.launch.child import Parent, ServeOptions
+
+from async_rl import config
+from async_rl.learner.service import LearnerService
+from async_rl.learner.trainer import Learner
+from async_rl.weights.publisher import make_publisher
+from async_rl.wire.codec import training_stream
+from async_rl.wire.zeromq import ZmqClient
+
+
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+    learner = Learner(run, options.run_dir)
+    try:
+        if learner.ranks.rank > 0:
+            parent.ready()
+            learner.follow()
+        else:
+            asyncio.run(_serve(run, learner, options, parent))
+    finally:
+        learner.close()
+
+
+async def _serve(run: config.Run, learner: Learner, options: ServeOptions, parent: Parent) -> None:
+    transport = ZmqClient(training_stream().mirror, options.connect)
+    loop = asyncio.get_running_loop()
+
+    def forward(message: object) -> None:  # from the publisher's thread
+        loop.call_soon_threadsafe(transport.send, message)
+
+    publisher = make_publisher(
+        run, options.run_dir, learner.layout, forward, forward, pinned=learner.ranks.device.type == "cuda"
+    )
+    parent.ready()
+    try:
+        await LearnerService(run, learner, publisher, transport).run()
+    finally:
+        publisher.close()
+        await transport.close()

@@ -1,0 +1,337 @@
+"""What every engine owes the generator. An engine joins by adding itself to `ENGINES`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_cases import assert_covers, configs, make_model, request
+
+from async_rl.engines.embedded import EmbeddedEngine
+from async_rl.engines.fake import FakeEngine
+from async_rl.engines.protocol import Chunk, Engine, Request, Snapshot
+from async_rl.simulate.virtual_loop import run_virtual
+from async_rl.wire.messages import VersionSpan, WeightsId
+
+SLOTS, MAX_LENGTH, VOCABULARY = 3, 250, 53
+
+
+@dataclass
+class Driver:
+    """An engine, and what it delivered."""
+
+    engine: Any
+    snapshot: Callable[[int], Snapshot]
+    """Weights of a version; those of different versions differ."""
+    chunks: dict[int, list[Chunk]] = field(default_factory=dict)
+    watch: Callable[[Chunk], None] = lambda _: None
+    """Called where the engine delivers: what it does happens before the next decode step."""
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+
+        def deliver(chunks: Sequence[Chunk]) -> None:
+            assert chunks
+            for chunk in chunks:
+                self.chunks.setdefault(chunk.request_id, []).append(chunk)
+                self.watch(chunk)
+            loop.call_soon_threadsafe(self._news.set)
+
+        self.engine.start(deliver)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
+    async def finished(self, *request_ids: int) -> None:
+        await self.until(lambda: all(self.is_finished(request_id) for request_id in request_ids))
+
+    def is_finished(self, request_id: int) -> bool:
+        chunks = self.chunks.get(request_id, [])
+        return bool(chunks) and chunks[-1].finish_reason is not None
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token for chunk in self.chunks[request_id] for token in chunk.tokens.tolist()]
+
+    def reason(self, request_id: int) -> str | None:
+        return self.chunks[request_id][-1].finish_reason
+
+    async def complete(self, *requests: Request) -> list[list[int]]:
+        self.engine.submit(requests)
+        await self.finished(*(one.id for one in requests))
+        return [self.tokens(one.id) for one in requests]
+
+    async def pause_at(self, one: Request) -> None:
+        """Submit a request that has segments; on its first chunk the engine is paused."""
+        paused = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def watch(chunk: Chunk) -> None:
+            if chunk.request_id == one.id and not paused.is_set():
+                self.engine.pause()
+                loop.call_soon_threadsafe(paused.set)
+
+        self.watch = watch
+        self.engine.submit([one])
+        await paused.wait()
+        self.watch = lambda _: None
+
+
+def embedded(body: Callable[[Driver], Awaitable[None]]) -> None:
+    models = {version: make_model(configs()["llama"], seed=version) for version in range(3)}
+
+    def snapshot(version: int) -> Snapshot:
+        return Snapshot(WeightsId(0, version), dict(models[version].named_parameters()))
+
+    async def main() -> None:
+        engine = EmbeddedEngine(models[0].config, slots=SLOTS, max_length=MAX_LENGTH)
+        async with asyncio.timeout(60):
+            await drive(engine, snapshot, body)
+
+    asyncio.run(main())
+
+
+def fake(body: Callable[[Driver], Awaitable[None]]) -> None:
+    async def main() -> None:
+        engine = FakeEngine(
+            slots=SLOTS,
+            max_length=MAX_LENGTH,
+            vocabulary=VOCABULARY,
+            median_tokens=120,
+            seconds_per_step=0.01,
+            seconds_per_sequence=0.001,
+            swap_seconds=0.005,
+        )
+        await drive(engine, lambda version: Snapshot(WeightsId(0, version), {}), body)
+
+    run_virtual(main())
+
+
+async def drive(engine: Engine, snapshot: Callable[[int], Snapshot], body: Callable[[Driver], Awaitable[None]]) -> None:
+    driver = Driver(engine, snapshot)
+    driver.start()
+    async with asyncio.TaskGroup() as group:
+        watcher = group.create_task(engine.wait_stopped())
+        try:
+            await body(driver)
+        finally:
+            await engine.stop()
+    assert watcher.done()
+
+
+ENGINES = {"embedded": embedded, "fake": fake}
+
+
+@pytest.fixture(params=list(ENGINES))
+def on_engine(request: pytest.FixtureRequest) -> Callable[[Callable[[Driver], Awaitable[None]]], None]:
+    return ENGINES[request.param]
+
+
+def test_requests_wait_for_the_first_weights(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        assert d.engine.weights is None
+        d.engine.submit([request(0, (1, 2), 5)])
+        stall = await d.engine.load_weights(d.snapshot(0))
+        assert d.engine.weights == WeightsId(0, 0)
+        assert stall >= 0
+        await d.finished(0)
+        assert d.chunks[0][0].spans[0].version == 0
+
+    on_engine(body)
+
+
+def test_each_request_ends_once_with_tokens_logprobs_and_versions(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        stop = frozenset({3, 4})
+        requests = [request(i, (1, 2, 3 + i % 4), 1 + 9 * i, stop=stop) for i in range(10)]
+        await d.complete(*requests)
+        await d.complete(request(99, (1,), 1))
+        for one in requests:
+            (chunk,) = d.chunks[one.id]
+            assert_covers(chunk)
+            assert chunk.tokens.dtype == np.int32 and chunk.logprobs.dtype == np.float32
+            assert 1 <= len(chunk.tokens) <= one.max_new_tokens
+            assert ((chunk.tokens >= 0) & (chunk.tokens < VOCABULARY)).all()
+            assert np.isfinite(chunk.logprobs).all() and (chunk.logprobs <= 0).all()
+            assert not stop & set(chunk.tokens[:-1].tolist())
+            if chunk.finish_reason == "eos":
+                assert chunk.tokens[-1] in stop
+            else:
+                assert (chunk.finish_reason, len(chunk.tokens)) == ("length", one.max_new_tokens)
+
+    on_engine(body)
+
+
+def test_what_cannot_be_served_is_refused_at_submit(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        for wrong, message in [
+            (request(7, ()), r"request 7: prompt = \(\): write at least one token"),
+            (request(7, (1, 53)), r"request 7: prompt\[1\] = 53: the vocabulary is 0 to 52"),
+            (request(7, (-1,)), r"request 7: prompt\[0\] = -1"),
+            (request(7, (1,), 0), r"request 7: max_new_tokens = 0: write 1 or more"),
+            (request(7, (1,) * 10, 241), r"max_new_tokens = 241 after a prompt of 10: a sequence holds at most 250"),
+            (request(7, (1,), temperature=-1.0), r"request 7: temperature = -1.0: write 0 or more"),
+            (request(7, (1,), segment_tokens=0), r"request 7: segment_tokens = 0"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                d.engine.submit([request(8, (1,)), wrong])
+        await d.complete(request(9, (1,), 3))
+        assert d.chunks.keys() == {9}  # nothing of a refused submit entered
+
+    on_engine(body)
+
+
+def test_a_request_repeats_and_resumes(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        if not d.engine.capabilities.seeded:
+            pytest.skip("not seeded")
+        await d.engine.load_weights(d.snapshot(0))
+        crowd = [request(i, (5, i + 1), 40 + i, stop=frozenset({3})) for i in range(8)]
+        first = await d.complete(*crowd)
+        for i, one in enumerate(crowd):
+            d.chunks.clear()
+            (again,) = await d.complete(one)
+            assert again == first[i]
+            cut = len(again) // 2
+            left = one.max_new_tokens - cut
+            (rest,) = await d.complete(
+                request(50, (*one.prompt, *again[:cut]), left, key=one.key, position=cut, stop=one.stop)
+            )
+            assert again[:cut] + rest == first[i]
+
+    on_engine(body)
+
+
+def test_cancel_returns_partial_tokens(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        (whole,) = await d.complete(request(0, (1, 2), 20))
+        d.chunks.clear()
+        for i in range(1, 6):
+            d.engine.submit([request(i, (3,), 200)])  # more than slots
+        one = request(0, (1, 2), 200, segment_tokens=3, key=request(0, (1, 2)).key)
+        d.engine.cancel([1, 2])  # running or not yet: either way they end
+        await d.finished(1, 2)
+        d.engine.cancel([3, 4, 5])
+        await d.finished(3, 4, 5)
+        await d.pause_at(one)
+        d.engine.submit([request(6, (3,), 20)])
+        d.engine.cancel([0, 6, 77])
+        await d.finished(0, 6)
+        assert d.reason(0) == d.reason(6) == "aborted"
+        assert d.tokens(0) == whole[: len(d.tokens(0))]
+        assert 3 <= len(d.tokens(0)) <= 4
+        assert (d.tokens(6), d.chunks[6][0].spans) == ([], [])
+        d.engine.cancel([0, 6])  # over: unknown
+        d.engine.resume()
+        await d.complete(request(7, (1,), 3))
+        assert 77 not in d.chunks
+        for chunks in d.chunks.values():
+            assert [chunk.finish_reason is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+            for chunk in chunks:
+                assert_covers(chunk)
+
+    on_engine(body)
+
+
+def test_segments_join_to_the_whole(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        (whole,) = await d.complete(request(0, (1, 2), 50))
+        d.chunks.clear()
+        (pieces,) = await d.complete(request(0, (1, 2), 50, segment_tokens=8))
+        assert pieces == whole
+        *unfinished, last = d.chunks[0]
+        assert [len(chunk.tokens) for chunk in unfinished] == [8] * len(unfinished)
+        assert 1 <= len(last.tokens) <= 8
+
+    on_engine(body)
+
+
+def test_weights_change_in_mid_sequence(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        if not d.engine.capabilities.swaps_in_flight:
+            pytest.skip("no swaps in flight")
+        await d.engine.load_weights(d.snapshot(0))
+        (old,) = await d.complete(request(0, (1, 2), 40))
+        d.chunks.clear()
+        await d.pause_at(request(0, (1, 2), 40, segment_tokens=10))
+        assert await d.engine.load_weights(d.snapshot(1)) >= 0
+        assert d.engine.weights == WeightsId(0, 1)
+        d.engine.resume()
+        await d.finished(0)
+        first, second = d.chunks[0][:2]
+        assert first.spans == [VersionSpan(0, 10, 0, 0)]
+        boundary = second.spans[0].end if second.spans[0].version == 0 else 0
+        assert boundary <= 1  # the engine may have been in a step when it was paused
+        assert second.spans[-1] == VersionSpan(boundary, 10, 1, 0)
+        assert d.tokens(0)[: 10 + boundary] == old[: 10 + boundary]
+        await d.complete(request(1, (1, 2), 5))
+        assert d.chunks[1][0].spans == [VersionSpan(0, 5, 1, 1)]
+
+    on_engine(body)
+
+
+def test_nothing_is_sampled_while_paused(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        await d.pause_at(request(0, (1, 2), 100, segment_tokens=2))
+        d.engine.submit([request(1, (1,), 3)])
+        seen = sum(map(len, d.chunks.values()))
+        await d.engine.load_weights(d.snapshot(1))  # a command later: all that was under way is delivered
+        assert sum(map(len, d.chunks.values())) == seen
+        assert not d.is_finished(1)
+        d.engine.resume()
+        await d.finished(0, 1)
+
+    on_engine(body)
+
+
+def test_activity_sums_to_the_age(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await d.engine.load_weights(d.snapshot(0))
+        before = d.engine.activity()
+        await d.complete(*(request(i, (1, 2), 30) for i in range(5)))
+        activity = d.engine.activity()
+        assert activity.keys() == {"engine_step", "swap", "paused", "idle"}
+        assert activity["engine_step"] > before["engine_step"]
+        assert all(activity[cause] >= before[cause] for cause in activity)
+        assert sum(activity.values()) == pytest.approx(loop.time() - started, abs=0.05)
+        await d.engine.stop()
+        assert d.engine.activity() == d.engine.activity()
+
+    on_engine(body)
+
+
+def test_after_stop_nothing_is_accepted(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        d.engine.submit([request(0, (1,), 100)])
+        await d.engine.stop()
+        await d.engine.stop()
+        await d.engine.wait_stopped()
+        for call in (d.engine.pause, lambda: d.engine.submit([request(1, (1,))]), lambda: d.engine.cancel([0])):
+            with pytest.raises(RuntimeError, match="the engine has stopped"):
+                call()
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
+            await d.engine.load_weights(d.snapshot(0))
+        assert not d.chunks
+
+    on_engine(body)
+
+
+def test_capabilities(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        assert d.engine.capabilities.max_concurrent == SLOTS
+        assert d.engine.capabilities.max_length == MAX_LENGTH
+
+    on_engine(body)

@@ -1,0 +1,60 @@
+"""Recipes and batches the learner's tests share; importable by the processes they spawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from async_rl.config import Algorithm, Environment, Model, Optimizer, Run, TinyModel
+from async_rl.config import Rollout as RolloutConfig
+from async_rl.wire.messages import MicroBatches, Sequence, TrainRollout, VersionSpan
+
+VOCABULARY = 14
+
+
+def tiny_run(**sections: Any) -> Run:
+    """Clipping off, so that `parameter.grad` after a step is the gradient of the loss."""
+    run = Run(
+        steps=10,
+        model=Model(tiny=TinyModel(characters="0123456789=", hidden_size=32, heads=4, kv_heads=2)),
+        environment=Environment(name="sorting"),
+        rollout=RolloutConfig(groups_per_step=4, group_size=4, max_new_tokens=8),
+        optimizer=Optimizer(learning_rate=1e-2, clip_norm=0.0),
+        algorithm=Algorithm(options={"veto": None, "guard_low": 0.7}),
+    )
+    return msgspec.structs.replace(run, **sections)
+
+
+def ragged_rollouts(seed: int, version: int = 3, groups: int = 4, size: int = 4) -> list[TrainRollout]:
+    """Ragged lengths; some rollouts with two sequences, some with a gap of tool tokens, tokens of several versions."""
+    rng = np.random.default_rng(seed)
+    rollouts: list[TrainRollout] = []
+    for group in range(groups):
+        for member in range(size):
+            sequences = [_sequence(rng, version) for _ in range(2 if (group + member) % 5 == 0 else 1)]
+            rollouts.append(TrainRollout(group, member, float(rng.integers(0, 5)) / 4, sequences))
+    return rollouts
+
+
+def _sequence(rng: np.random.Generator, version: int) -> Sequence:
+    prompt, first, gap, second = (int(rng.integers(low, high)) for low, high in ((2, 6), (1, 5), (0, 3), (1, 5)))
+    length = prompt + first + gap + second + int(rng.integers(0, 2))
+    tokens = rng.integers(3, VOCABULARY, length).astype("<i4")
+    logprobs = np.zeros(length, "<f4")
+    older = max(version - int(rng.integers(0, 2)), 0)
+    spans = [
+        VersionSpan(prompt, prompt + first, older, older),
+        VersionSpan(prompt + first + gap, prompt + first + gap + second, version, older),
+    ]
+    for span in spans:
+        logprobs[span.start : span.end] = -np.log(VOCABULARY) + 0.3 * rng.normal(size=span.end - span.start)
+    return Sequence(tokens.tobytes(), logprobs.tobytes(), spans)
+
+
+def message(
+    rollouts: list[TrainRollout], plan: list[list[list[int]]] | None = None, step: int = 0, version: int = 3
+) -> MicroBatches:
+    """One micro-batch on one rank unless a plan says otherwise. Versions are the batch's own, whatever the step."""
+    return MicroBatches(step, version, rollouts, plan or [[list(range(len(rollouts)))]])

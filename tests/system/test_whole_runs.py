@@ -1,0 +1,137 @@
+"""`async-rl train` from start to end, with every real part."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .conftest import check, rows, summary
+
+pytestmark = pytest.mark.processes
+
+SUMMARY = {
+    "steps",
+    "wall_s",
+    "reward_first",
+    "reward_last",
+    "eval_before",
+    "eval_after",
+    "samples",
+    "tokens",
+    "tokens_per_cpu_s",
+    "idle",
+    "lag",
+    "masked_fraction",
+    "versions",
+}
+ROW = {"step", "wall_s", "reward", "samples", "tokens", "tokens_per_cpu_s", "idle", "lag", "masked_fraction", "version"}
+
+
+def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, printed, errors = train("steps=25", 'report_to=["tensorboard"]').end()
+    assert code == 0, printed + errors
+    assert "complete: 25 steps" in printed
+    result, steps = summary(run), rows(run)
+    assert result.keys() >= SUMMARY and result["steps"] == 25
+    assert result["lag"]["max"] <= 4 and result["masked_fraction"] == 0
+    assert [row["step"] for row in steps] == list(range(25)) and all(row.keys() >= ROW for row in steps)
+    for role in ("generator", "learner"):
+        assert abs(result["busy"][role] + sum(result["idle"][role].values()) - 1) < 1e-6, "time is attributed whole"
+    report = check(run)
+    assert report["trained"] == 25 * 64 and report["admitted"] == report["trained"] + report["cancelled"]
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(newest), AutoTokenizer.from_pretrained(newest)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "3102="}], return_tensors="pt")["input_ids"]
+    out = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape[1] <= prompt.shape[1] + 4
+    assert list((run / "tensorboard").iterdir())
+
+    code, printed, _ = train("steps=25", 'report_to=["tensorboard"]').end()
+    assert code == 0 and "is complete (25 steps)" in printed
+    code, printed, errors = train("steps=30", 'report_to=["tensorboard"]').end()
+    assert code == 0 and "continuing" in printed, printed + errors
+    assert [row["step"] for row in rows(run)] == list(range(30)) and summary(run)["steps"] == 30
+    assert check(run)["trained"] == 30 * 64
+    code, _, errors = train("steps=30", "optimizer.learning_rate=1.0").end()
+    assert code == 2 and "optimizer.learning_rate: 0.0005 -> 1.0" in errors
+
+
+def test_synchronous_runs_repeat_bit_for_bit(train: Any, tmp_path: Path) -> None:
+    weights = []
+    for name in ("first", "second"):
+        code, printed, errors = train("steps=12", "staleness.max_staleness=0", run_dir=tmp_path / name).end()
+        assert code == 0, printed + errors
+        assert summary(tmp_path / name)["lag"] == {"mean": 0.0, "p95": 0, "max": 0}
+        checkpoint = sorted((tmp_path / name / "checkpoints").iterdir())[-1]
+        weights.append(load_file(checkpoint / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    volatile = {"wall_s", "tokens_per_cpu_s", "busy", "idle", "train_s", "ready", "running"}
+    first, second = (
+        [{key: value for key, value in row.items() if key not in volatile} for row in rows(tmp_path / name)]
+        for name in ("first", "second")
+    )
+    assert first == second
+
+
+def test_weights_travel_by_process_group_to_two_generators_and_two_ranks_train(train: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["weights.transport=process_group", "generator.count=2", "learner.ranks=2"]
+    code, printed, errors = train("steps=15", *overrides).end(90)
+    assert code == 0, printed + errors
+    assert summary(run)["versions"]["live_updates"] >= 2 and check(run)["trained"] == 15 * 64
+
+
+def test_the_admin_endpoint_steers_a_run(train: Any, tmp_path: Path) -> None:
+    started = train("steps=100000")
+    started.line("step")
+    url = json.loads((tmp_path / "run" / "admin.json").read_text())["url"]
+
+    def call(path: str, method: str) -> dict[str, Any]:
+        with urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=20) as answer:
+            return json.load(answer)
+
+    status = call("/status", "GET")
+    assert status["step"] >= 1 and status["learner"] and status["generators"][0]["name"] == "generator-0"
+    assert call("/pause", "POST") == {"paused": True} and call("/status", "GET")["paused"]
+    assert "exact" in call("/evaluate", "POST"), "evaluation runs while admission is closed"
+    assert call("/resume", "POST") == {"paused": False}
+    assert call("/stop", "POST") == {"stopping": True}
+    code, _, errors = started.end(10)
+    assert code == 130, errors
+    check(tmp_path / "run")
+
+
+def test_a_users_environment_with_failing_episodes(train: Any, tmp_path: Path) -> None:
+    """An exception in user code is a failed rollout with its traceback; the run goes on."""
+    (tmp_path / "mine.py").write_text(
+        "from async_rl import Policy, Rows, Task, environment\n"
+        "def tasks(seed: int):\n"
+        "    return Rows([{'digits': str(i)} for i in range(10)], heldout=2, seed=seed)\n"
+        "calls = 0\n"
+        "@environment('mine', tasks=tasks)\n"
+        "async def mine(task: Task, policy: Policy) -> dict[str, float]:\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    mine = calls\n"
+        "    reply = await policy.chat([{'role': 'user', 'content': task['digits'] + '='}])\n"
+        "    if mine % 7 == 0:\n"
+        "        raise ValueError('the seventh episode fails')\n"
+        "    again = await policy.complete(reply.tokens or [1], max_new_tokens=2)\n"
+        "    return {'length': len(reply.text) / 4, 'second': float(again.finish_reason == 'length')}\n"
+    )
+    overrides = ["environment.name=mine", f"environment.module={tmp_path / 'mine.py'}", "environment.options={}"]
+    code, printed, errors = train("steps=6", *overrides).end()
+    assert code == 0, printed + errors
+    report = check(tmp_path / "run")
+    assert report["failed"] > 5 and report["trained"] + report["failed"] + report["cancelled"] == report["admitted"]
+    failures = (tmp_path / "run" / "failures.jsonl").read_text().splitlines()
+    assert "the seventh episode fails" in json.loads(failures[0])["traceback"]

@@ -1,0 +1,72 @@
+"""Wrong input: one clear line, exit code 2, nothing left running."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import SORT
+
+pytestmark = pytest.mark.processes
+
+
+def refused(cli: Any, *arguments: str) -> str:
+    code, printed, errors = cli(*arguments).end(60)
+    assert code == 2, printed + errors
+    assert errors.startswith("async-rl: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("staleness.max_stale=1", "staleness.max_stale = 1: there is no such field"),
+        ("rollout.group_size=true", "rollout.group_size = True: expected int, got bool"),
+        (
+            "environment.name=sortign",
+            "environment.name = 'sortign': there is no such environment; did you mean 'sorting'?",
+        ),
+        ("environment.options.digits=99", "environment.options of sorting: digits = 99: write 2 to 32"),
+        ("environment.options.digit=4", "environment.options.digit = 4: sorting knows digits, reward, heldout"),
+        ("environment.module=nowhere.py", "there is no such file"),
+        ("algorithm.preset=ppoo", "ppoo"),
+        ("algorithm.options.clip_hihg=0.3", "clip_hihg"),
+        ("model.tiny.heads=3", "model.tiny.hidden_size = 64: write a multiple of 2 * heads = 6"),
+        ("learner.device=cuda:77", "learner.device = 'cuda:77'"),
+    ],
+)
+def test_a_wrong_recipe(cli: Any, tmp_path: Path, override: str, says: str) -> None:
+    assert says in refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / "run"), "--set", override)
+
+
+def test_a_busy_port(cli: Any, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for field in ("controller.port", "controller.admin_port"):
+            line = refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / field), "--set", f"{field}={port}")
+            assert f"{field} = {port}: cannot listen on 127.0.0.1" in line
+
+
+def test_an_unwritable_directory(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / "file" / "run"))
+    assert "cannot be written" in line and "choose another --run-dir" in line
+
+
+def test_a_missing_extra(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['tensorboard'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    report = 'report_to=["tensorboard"]'
+    line = refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / "run"), "--set", report)
+    assert "pip install 'async-rl[tensorboard]'" in line, sys.path
+
+
+def test_what_is_no_run_directory(cli: Any, tmp_path: Path) -> None:
+    assert "is no run directory" in refused(cli, "inspect", str(tmp_path), "--check")
+    assert "No such file" in refused(cli, "train", str(tmp_path / "missing.toml"))

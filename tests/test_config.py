@@ -1,0 +1,88 @@
+"""Every wrong recipe gets one line that names the field, the value and what to write instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from async_rl import config
+from async_rl.errors import UserError
+
+SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "staleness.max_stalenes=3",
+            "staleness.max_stalenes = 3: there is no such field; did you mean 'staleness.max_st",
+        ),
+        ("zzz=1", "zzz = 1: there is no such field; known: steps, model"),
+        ('steps="many"', "steps = 'many': expected int, got str"),
+        ("steps=0", "steps = 0: write a number above 0"),
+        ("optimizer.learning_rate=-1.0", "optimizer.learning_rate = -1.0: write 0 or more"),
+        ("rollout.group_size=1.5", "rollout.group_size = 1.5: expected int, got float"),
+        ("weights.transport=carrier_pigeon", "weights.transport = 'carrier_pigeon': invalid enum value"),
+        ("model.path=/nowhere", "model = 'path and tiny': set exactly one of path and tiny"),
+        ("controller.port=70000", "controller.port = 70000: write a port from 1 to 65534, or 0 for any free one"),
+        ("controller.host=0.0.0.0", "controller.host = '0.0.0.0': only loopback"),
+        ("generator=5", "generator = 5: expected object, got int"),
+        ("nonsense", "--set 'nonsense': write --set section.key=value"),
+        ("steps.more=1", "--set 'steps.more=1': 'steps' is a value, not a section"),
+        ("environment.timeout_s=nan", "environment.timeout_s = nan: write a number above 0"),
+    ],
+)
+def test_a_wrong_field_is_named(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(SORT, [override])
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_a_missing_model_directory_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('steps = 1\n[model]\npath = "/nowhere"\n[environment]\nname = "sorting"\n')
+    with pytest.raises(UserError, match=r"model.path = '/nowhere': write the path of a model directory"):
+        config.load(recipe)
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[environment]\nname = "sorting"\n')
+    with pytest.raises(UserError, match="missing required field 'steps'"):
+        config.load(recipe)
+
+
+@pytest.mark.parametrize("text", ["steps = ", "= 3", "[a\n"])
+def test_what_is_not_toml_is_named(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    with pytest.raises(UserError, match="is not TOML"):
+        config.load(recipe)
+    with pytest.raises(UserError, match="No such file"):
+        config.load(tmp_path / "missing.toml")
+
+
+def test_a_recipe_survives_being_written_down() -> None:
+    run = config.load(SORT, ["seed=7", "report_to=['tensorboard']"])
+    assert config.from_table(json.loads(config.dumps(run))) == run
+    assert config.differences(run, config.load(SORT, ["seed=8"])) == [
+        "report_to: ['tensorboard'] -> []",
+        "seed: 7 -> 8",
+    ]
+
+
+def test_a_module_path_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(SORT.read_text().replace('name = "sorting"', 'name = "mine"\nmodule = "mine.py"'))
+    assert config.load(recipe).environment.module == str(tmp_path / "mine.py")
+
+
+@given(st.integers(0, 9), st.one_of(st.none(), st.integers(0, 9)))
+def test_depth_never_exceeds_eta(eta: int, depth: int | None) -> None:
+    assert config.Staleness(max_staleness=eta, depth=depth).steps_ahead <= eta

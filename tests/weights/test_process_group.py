@@ -1,0 +1,236 @@
+"""Weights by broadcast between real processes: round trips, members that die or hang, new groups, missing members."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from weights_cases import LARGE, SMALL, Generator, Outbox, expected_report, holds, packed, writer
+
+from async_rl.models.parameters import Entry, Layout
+from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsCorrupt, WeightsGone, WeightsMismatch
+from async_rl.weights.header import Header
+from async_rl.weights.process_group import ProcessGroupReceiver, ProcessGroupSender
+from async_rl.weights.publisher import Publisher
+from async_rl.weights.receiver import Receiver
+from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
+
+TIMEOUT_S = 4.0
+
+
+class Learner:
+    """A publisher and what it says."""
+
+    def __init__(self, layout: Layout = LARGE, timeout_s: float = TIMEOUT_S) -> None:
+        self.outbox, self.layout = Outbox(), layout
+        self.sender = ProcessGroupSender(layout, timeout_s=timeout_s)
+        self.publisher = Publisher(self.sender, layout, self.outbox.announced.put, self.outbox.failed.put)
+
+    def group(self, epoch: int, *members: str) -> WeightGroup:
+        message = WeightGroup(epoch, list(members), self.publisher.store)
+        self.publisher.regroup(message)
+        return message
+
+    def publish(self, version: int) -> WeightsId:
+        weights = WeightsId(1, version)
+        self.publisher.publish(weights, writer(self.layout, version))
+        return weights
+
+
+@pytest.fixture
+def learner() -> Iterator[Learner]:
+    made = Learner()
+    yield made
+    made.publisher.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str], Generator]]:
+    context = multiprocessing.get_context("spawn")
+    started: list[Generator] = []
+
+    def one(name: str) -> Generator:
+        started.append(Generator(context, name, TIMEOUT_S))
+        return started[-1]
+
+    yield one
+    for generator in started:
+        if generator.process.is_alive():
+            generator.process.kill()
+        generator.process.join(20)
+
+
+def deliver(learner: Learner, generators: list[Generator], version: int) -> None:
+    announce = learner.outbox.announcement()
+    assert (announce.weights, announce.transport) == (WeightsId(1, version), "process_group")
+    for generator in generators:
+        generator.send(announce)
+    for generator in generators:
+        generator.expect(*expected_report(WeightsId(1, version), version))
+
+
+@pytest.mark.processes
+def test_members_come_die_and_come_back(learner: Learner, start: Callable[[str], Generator]) -> None:
+    one, two = start("generator-1"), start("generator-2")
+    one.expect("up"), two.expect("up")
+    learner.publish(1)  # waits for a group
+    group = learner.group(1, "generator-1", "generator-2")
+    one.send(group), two.send(group)
+    one.expect("formed", 1), two.expect("formed", 1)
+    deliver(learner, [one, two], 1)
+    learner.publish(2)
+    deliver(learner, [one, two], 2)
+
+    # SIGKILL of a member: noticed in the next broadcast, reported once, the other one gets an error, not half a model
+    assert two.process.pid is not None
+    os.kill(two.process.pid, signal.SIGKILL)
+    two.process.join(20)
+    learner.publish(3)
+    one.send(learner.outbox.announcement())
+    assert learner.outbox.failure().weights == WeightsId(1, 3)
+    one.expect("error", "BroadcastFailed")
+
+    # the survivor under a new epoch: the newest weights travel again by themselves
+    group = learner.group(2, "generator-1")
+    one.send(group)
+    one.expect("formed", 2)
+    deliver(learner, [one], 3)
+
+    # a stopped member hangs in TCP: the next group interrupts the broadcast long before any deadline
+    three = start("generator-2")
+    three.expect("up")
+    group = learner.group(3, "generator-1", "generator-2")
+    one.send(group), three.send(group)
+    one.expect("formed", 3), three.expect("formed", 3)
+    deliver(learner, [one, three], 3)
+    assert three.process.pid is not None
+    os.kill(three.process.pid, signal.SIGSTOP)
+    learner.publish(4)
+    one.send(learner.outbox.announcement())
+    started = time.monotonic()
+    group = learner.group(4, "generator-1")
+    one.send(group)
+    while (said := one.expect())[0] == "error":
+        assert said[1] in ("GroupSuperseded", "BroadcastFailed"), said
+    if said[0] == "weights":  # the broadcast got through to the living member before it was interrupted
+        one.expect("formed", 4)
+    deliver(learner, [one], 4)
+    assert time.monotonic() - started < TIMEOUT_S - 1, "waited for the deadline"
+    assert one.end() < 2, "a dropped group held up the exit of the process"
+    assert learner.publisher.statistics()["failed"] == 1
+
+
+def receiver(learner: Learner, name: str, layout: Layout = LARGE) -> ProcessGroupReceiver:
+    return ProcessGroupReceiver(name, layout, timeout_s=TIMEOUT_S)
+
+
+def test_round_trip_in_one_process() -> None:
+    learner = Learner(SMALL)
+
+    async def main() -> None:
+        end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))
+        await end.regroup(learner.group(7, "generator-0"))
+        for version in (1, 2):
+            learner.publish(version)
+            snapshot = await end.fetch(learner.outbox.announcement())
+            assert snapshot.weights == WeightsId(1, version)
+            assert holds(snapshot, SMALL, version)
+        with pytest.raises(WeightsGone, match="travel in weight group 6, ours is 7"):
+            await end.fetch(WeightsAnnounce(WeightsId(1, 3), "process_group", "6"))
+        await end.regroup(learner.group(8))
+        with pytest.raises(WeightsGone, match="ours is none"):
+            await end.fetch(WeightsAnnounce(WeightsId(1, 3), "process_group", "8"))
+        end.close()
+
+    asyncio.run(main())
+    learner.publisher.close()
+
+
+def test_a_missing_member_is_named() -> None:
+    learner = Learner(SMALL, timeout_s=0.5)
+    learner.group(1, "generator-0", "generator-1")
+    assert "weight group 1: generator-0, generator-1 did not come within" in learner.outbox.failure().reason
+    member = ProcessGroupReceiver("generator-0", SMALL, timeout_s=0.5)
+    with pytest.raises(GroupIncomplete, match="weight group 2: learner, generator-1 did not come within"):
+        member.form(WeightGroup(2, ["generator-0", "generator-1"], learner.publisher.store))
+    learner.publisher.close()
+    nobody = WeightGroup(3, ["generator-0"], "127.0.0.1:1")
+    with pytest.raises(GroupIncomplete, match="does not answer"):
+        member.form(nobody)
+
+
+def test_a_newer_group_ends_the_roll_call_of_the_older_one() -> None:
+    learner = Learner(SMALL, timeout_s=60)
+
+    async def main() -> None:
+        end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=60))
+        waiting = asyncio.create_task(end.regroup(learner.group(1, "generator-0", "never")))
+        await asyncio.sleep(0)
+        newer = asyncio.create_task(end.regroup(learner.group(2, "generator-0")))
+        with pytest.raises(GroupSuperseded):
+            await waiting
+        await newer
+        learner.publish(5)
+        snapshot = await end.fetch(learner.outbox.announcement())
+        assert holds(snapshot, SMALL, 5)
+        end.close()
+
+    started = time.monotonic()
+    asyncio.run(main())
+    learner.publisher.close()
+    assert time.monotonic() - started < 20
+    assert learner.outbox.failed.empty()
+
+
+def test_wrong_checksum_and_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(SMALL)
+    other = Layout((Entry("a.weight", (3, 5), torch.float32, 0), Entry("c.weight", (7,), torch.float32, 64)))
+
+    async def main() -> None:
+        end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))
+        stranger = Receiver(other, ProcessGroupReceiver("generator-0", other, timeout_s=TIMEOUT_S))
+        await end.regroup(learner.group(1, "generator-0"))
+        right = Header.of
+
+        def wrong(weights: WeightsId, payload: torch.Tensor, layout: Layout) -> Header:
+            header = right(weights, payload, layout)
+            return Header(weights, header.nbytes, header.checksum ^ 1, header.fingerprint)
+
+        monkeypatch.setattr(Header, "of", wrong)
+        learner.publish(1)
+        with pytest.raises(WeightsCorrupt, match="checksum"):
+            await end.fetch(learner.outbox.announcement())
+        monkeypatch.setattr(Header, "of", right)
+        await stranger.regroup(learner.group(2, "generator-0"))
+        with pytest.raises(WeightsMismatch, match="must be the same"):
+            await stranger.fetch(learner.outbox.announcement())
+        end.close()
+        stranger.close()
+
+    asyncio.run(main())
+    learner.publisher.close()
+
+
+def test_staging_alternates() -> None:
+    """A snapshot stays as it is while the next one arrives."""
+    learner = Learner(SMALL)
+
+    async def main() -> None:
+        end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))
+        await end.regroup(learner.group(1, "generator-0"))
+        learner.publish(1)
+        first = await end.fetch(learner.outbox.announcement())
+        learner.publish(2)
+        second = await end.fetch(learner.outbox.announcement())
+        assert holds(first, SMALL, 1) and holds(second, SMALL, 2)
+        end.close()
+
+    asyncio.run(main())
+    learner.publisher.close()
+    assert packed(SMALL, 1).numel() == SMALL.nbytes

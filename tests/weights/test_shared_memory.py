@@ -1,0 +1,210 @@
+"""Weights through a file in memory: complete and verified, or a named error; never a leftover."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from weights_cases import SMALL, Outbox, holds, packed, writer
+
+from async_rl.models.parameters import Layout
+from async_rl.weights import shared_memory
+from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
+from async_rl.weights.header import SIZE, Header
+from async_rl.weights.publisher import Publisher
+from async_rl.weights.receiver import Receiver
+from async_rl.weights.shared_memory import SharedMemorySender, cleanup, disk_directory, fetch, memory_directory
+from async_rl.wire.messages import WeightsAnnounce, WeightsId
+
+
+def sent(sender: SharedMemorySender, version: int, seed: int | None = None) -> WeightsAnnounce:
+    box: list[WeightsAnnounce] = []
+    sender.send(WeightsId(1, version), packed(SMALL, version if seed is None else seed), box.append)
+    return box[0]
+
+
+def test_round_trip_by_publisher_and_receiver(tmp_path: Path) -> None:
+    outbox = Outbox()
+    publisher = Publisher(SharedMemorySender(tmp_path, SMALL), SMALL, outbox.announced.put, outbox.failed.put)
+    publisher.publish(WeightsId(3, 8), writer(SMALL, 8))
+    announce = outbox.announcement()
+    assert (announce.weights, announce.transport, announce.nbytes) == (WeightsId(3, 8), "shared_memory", SMALL.nbytes)
+    assert Path(announce.location).parent == memory_directory(tmp_path)
+    receiver = Receiver(SMALL)
+    snapshot = asyncio.run(receiver.fetch(announce))
+    assert snapshot.weights == WeightsId(3, 8)
+    assert holds(snapshot, SMALL, 8)
+    publisher.close()
+    receiver.close()
+    assert holds(snapshot, SMALL, 8), "a mapped snapshot outlives its file"
+    assert not Path(announce.location).parent.exists()
+
+
+def test_only_the_newest_two_stay(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path, SMALL)
+    announced = [sent(sender, version) for version in range(4)]
+    with pytest.raises(WeightsGone, match=r"weights 1\.1 are gone"):
+        fetch(announced[1], SMALL)
+    assert holds(fetch(announced[2], SMALL), SMALL, 2)
+    assert holds(fetch(announced[3], SMALL), SMALL, 3)
+    assert len(list(Path(announced[3].location).parent.iterdir())) == 2
+    sender.close()
+
+
+def test_the_same_version_again_is_kept(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path, SMALL)
+    sent(sender, 1)
+    for _ in range(3):
+        again = sent(sender, 1, seed=5)
+    assert holds(fetch(again, SMALL), SMALL, 5)
+    sender.close()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path, SMALL)
+    announce = sent(sender, 1)
+    path = Path(announce.location)
+    data = bytearray(path.read_bytes())
+    data[SIZE + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsCorrupt, match=r"weights 1\.1: checksum"):
+        fetch(announce, SMALL)
+    for cut in (SIZE + 1, SIZE - 1, 0):
+        path.write_bytes(data[:cut])
+        with pytest.raises(WeightsCorrupt):
+            fetch(announce, SMALL)
+    path.write_bytes(bytes(len(data)))
+    with pytest.raises(WeightsCorrupt, match="no weights header"):
+        fetch(announce, SMALL)
+    sender.close()
+
+
+def test_other_weights_and_another_model_are_refused(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path, SMALL)
+    announce = sent(sender, 1)
+    with pytest.raises(WeightsMismatch, match=r"weights 1\.2 were announced, the file holds 1\.1"):
+        fetch(msgspec.structs.replace(announce, weights=WeightsId(1, 2)), SMALL)
+    other = Layout((msgspec_replaced(SMALL), SMALL.entries[1]))
+    with pytest.raises(WeightsMismatch, match="the same"):
+        fetch(announce, other)
+    sender.close()
+
+
+def msgspec_replaced(layout: Layout) -> object:
+    from dataclasses import replace
+
+    return replace(layout.entries[0], name="renamed.weight")
+
+
+def test_a_view_is_private(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path, SMALL)
+    announce = sent(sender, 1)
+    fetch(announce, SMALL).tensors["a.weight"].zero_()
+    assert holds(fetch(announce, SMALL), SMALL, 1)
+    sender.close()
+
+
+def test_without_memory_the_files_are_on_disk(tmp_path: Path) -> None:
+    sender = SharedMemorySender(tmp_path / "run", SMALL, memory=tmp_path / "missing")
+    (tmp_path / "run").mkdir()
+    announce = sent(sender, 1)
+    assert Path(announce.location).parent == disk_directory(tmp_path / "run")
+    assert holds(fetch(announce, SMALL), SMALL, 1)
+    sender.close()
+    assert not disk_directory(tmp_path / "run").exists()
+
+
+def test_a_full_memory_falls_back_to_disk(tmp_path: Path) -> None:
+    memory, run = tmp_path / "memory", tmp_path / "run"
+    memory.mkdir()
+    run.mkdir()
+    sender = SharedMemorySender(run, SMALL, memory=memory)
+    directory = memory_directory(run, memory)
+    assert directory is not None
+    directory.joinpath(f"{shared_memory.PARTIAL}{shared_memory.PREFIX}1-1").mkdir()  # stands for "no space left"
+    assert Path(sent(sender, 1).location).parent == disk_directory(run)
+
+
+def test_nowhere_to_write_is_a_weights_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    sender = SharedMemorySender(tmp_path / "run", SMALL, memory=tmp_path / "missing")
+    with pytest.raises(WeightsError, match=r"weights 1\.1 could not be written"):
+        sent(sender, 1)
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
+    sent(SharedMemorySender(tmp_path, SMALL), 1)
+    directory = memory_directory(tmp_path)
+    assert directory is not None and list(directory.iterdir())
+    SharedMemorySender(tmp_path, SMALL)
+    assert not directory.exists()
+    assert memory_directory(tmp_path) == memory_directory(tmp_path / "x" / "..") != memory_directory(tmp_path / "x")
+    cleanup(tmp_path)
+    cleanup(tmp_path / "x")
+    assert not directory.exists()
+
+
+class Slow:
+    """A transport that is in the middle of a transfer until told otherwise."""
+
+    store, ready = "", True
+
+    def __init__(self) -> None:
+        self.entered, self.proceed = threading.Semaphore(0), threading.Semaphore(0)
+        self.arrived: list[tuple[int, torch.Tensor]] = []
+
+    def send(self, weights: WeightsId, payload: torch.Tensor, announce: object) -> None:
+        self.entered.release()
+        assert self.proceed.acquire(timeout=20)
+        if weights.version == 13:
+            raise WeightsError("thirteen")
+        self.arrived.append((weights.version, payload.clone()))
+        self.entered.release()
+
+    def form(self, group: object) -> bool:
+        return False
+
+    def interrupt(self, epoch: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_only_the_newest_waits_behind_a_transfer() -> None:
+    slow, outbox = Slow(), Outbox()
+    publisher = Publisher(slow, SMALL, outbox.announced.put, outbox.failed.put)
+    publisher.publish(WeightsId(1, 0), writer(SMALL, 0))
+    assert slow.entered.acquire(timeout=20)
+    for version in (1, 2, 3):  # none of these blocks, and none touches the buffer that travels
+        publisher.publish(WeightsId(1, version), writer(SMALL, version))
+    for _ in range(2):
+        slow.proceed.release()
+        assert slow.entered.acquire(timeout=20) and slow.entered.acquire(timeout=20) if len(slow.arrived) < 1 else True
+    publisher.close()
+    assert [version for version, _ in slow.arrived] == [0, 3]
+    for version, payload in slow.arrived:
+        assert torch.equal(payload, packed(SMALL, version))
+    assert publisher.statistics()["coalesced"] == 2
+
+
+def test_a_failed_transfer_is_reported_and_the_next_one_goes_on() -> None:
+    slow, outbox = Slow(), Outbox()
+    publisher = Publisher(slow, SMALL, outbox.announced.put, outbox.failed.put)
+    slow.proceed.release(2)
+    publisher.publish(WeightsId(1, 13), writer(SMALL, 0))
+    failure = outbox.failure()
+    assert (failure.weights, failure.reason) == (WeightsId(1, 13), "thirteen")
+    publisher.publish(WeightsId(1, 14), writer(SMALL, 1))
+    for _ in range(3):
+        assert slow.entered.acquire(timeout=20)
+    publisher.close()
+    assert [version for version, _ in slow.arrived] == [14]
+
+
+def test_header_is_64_bytes_and_round_trips() -> None:
+    header = Header.of(WeightsId(2, 9), packed(SMALL, 1), SMALL)
+    assert len(header.encode()) == SIZE == 64
+    assert Header.decode(header.encode()) == header
