@@ -80,7 +80,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
         run = RunDirectory(path.parent).load_config() if path.name == "config.json" else config.load(path)
         service = importlib.import_module(f"async_rl.services.{options.role}")
         name = options.name or f"{options.role}-0"
-        service.main(run, child.ServeOptions(Path(options.run_dir), name, options.connect), parent)
+        code = service.main(run, child.ServeOptions(Path(options.run_dir), name, options.connect), parent)
     except* UserError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
@@ -89,7 +89,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
         raise UserError(str(error)) from None
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # everything is closed; gloo would abort a process that ends while a dropped group hangs in TCP
+    os._exit(code)  # everything is closed; gloo would abort a process that ends while a dropped group hangs in TCP
 
 
 def inspect(options: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ class Staleness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_staleness: int = 4
     """eta: no token sampled more than eta versions before its training step has any weight. 0 = synchronous."""
     depth: int | None = None
-    """How many steps ahead generation may run; at most, and by default, eta."""
+    """How many steps ahead generation may run, so that typical lag need not sit at the maximum; default eta."""
     overtaking_groups: int | None = None
     """How many younger groups may be trained on before the oldest unfinished one; default groups_per_step."""
 

@@ -2,7 +2,7 @@
 
     python bench/overlap.py [RECIPE] [--steps 150] [--pairs 3] [--set section.key=value ...] [--write]
 
-work of a role: wall seconds it spends on rollouts (engine steps, weight swaps, environment code) or on training
+work of a role: wall seconds it spends on rollouts (engine steps, hand-over, environment code) or on training
 (steps, hand-over, publishing, checkpoints). Synchronous time can at best be the sum of the two, asynchronous time the
 larger: their quotient is the ideal speed-up. Medians over the pairs, with [min, max].
 """

@@ -46,6 +46,8 @@ class Service:
 
     def __init__(self, role: str, name: str, process: asyncio.subprocess.Process, pipe: socket.socket) -> None:
         self.role, self.name, self.process, self.pipe = role, name, process, pipe
+        self.replaced = False
+        """Killed by us: others take its place."""
         self.ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.error: str | None = None
 
@@ -98,8 +100,6 @@ class Supervisor:
             await self._spawn("learner", f"learner-{rank}")
         for index in range(self._run.generator.count):
             await self._spawn("generator", f"generator-{index}")
-        for service in list(self._services.values()):
-            await self._when_ready(service)
 
     async def _when_ready(self, service: Service) -> Any:
         try:
@@ -130,6 +130,7 @@ class Supervisor:
         theirs.close()
         service = self._services[name] = Service(role, name, process, ours)
         self._tasks.create_task(self._attend(service), name=name)
+        self._tasks.create_task(self._when_ready(service), name=f"{name} ready")
         return service
 
     def _environment(self, role: str, name: str, descriptor: int) -> Mapping[str, str]:
@@ -178,8 +179,11 @@ class Supervisor:
                 self._watch(kind, data)
 
     def _ended(self, service: Service, code: int) -> None:
-        del self._services[service.name]
-        if self._over.done():
+        if self._services.get(service.name) is service:
+            del self._services[service.name]
+        was_ready = service.ready.done()
+        service.ready.cancel()
+        if self._over.done() or service.replaced:
             return
         if service.error is not None:
             raise UserError(service.error)
@@ -190,11 +194,11 @@ class Supervisor:
             if service.role == "controller":
                 self._over.set_result(None)
             return
-        if self._complete is not None or (code == 0 and service.role == "generator"):
+        if self._complete is not None or code == 0:
             return  # told to leave
         self._restarts += 1
         what = f"{service.name} died ({_describe(code)})"
-        if self._restarts > MAX_RESTARTS or not service.ready.done():
+        if self._restarts > MAX_RESTARTS or (code > 0 and not was_ready):
             raise ServiceFailed(f"{what}: see {self._log(service)}")
         self._watch("say", f"{what}: started again")
         if service.role == "controller":
@@ -211,7 +215,7 @@ class Supervisor:
         """All ranks: those that are left wait for the dead one in a collective."""
         left = [service for service in self._services.values() if service.role == "learner"]
         for service in left:
-            service.role = "leaving"
+            service.replaced = True
             service.kill()
             await service.process.wait()
         self._addresses.pop("rendezvous", None)

@@ -24,7 +24,7 @@ STREAMS: dict[str, Any] = {
 
 SEQUENCE = m.Sequence(bytes(range(8)), bytes(8), [m.VersionSpan(1, 2, 3, 2)])
 RESULT = m.RolloutResult(0, [SEQUENCE], 0.5, {"distance": 0.5}, {"exact": 0.0}, "length")
-ACTIVITY = m.Activity(12.5, {"engine_step": 8.0, "wait_lease": 4.5}, 7.25, 640)
+ACTIVITY = m.Activity(12.5, {"hand_over": 8.0, "hand_over/engine_step": 7.5, "wait_lease": 4.5}, 7.25, 640)
 LEASE = m.GroupLease(7, "train", m.Task("train-7", {"digits": "3102"}), [0, 1], m.Sampling(4, 1.0, 1), 2)
 EXAMPLES: dict[str, list[Any]] = {
     "generator_to_controller": [

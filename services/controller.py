@@ -18,10 +18,11 @@ from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.zeromq import ZmqServer
 
 
-def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
     directory = RunDirectory(options.run_dir)
     with directory.hold():
         asyncio.run(_serve(run, directory, parent))
+    return 0
 
 
 async def _serve(run: config.Run, directory: RunDirectory, parent: Parent) -> None:

@@ -17,14 +17,18 @@ from async_rl.rollout.worker import RolloutWorker
 from async_rl.weights.receiver import make_receiver
 from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.codec import rollout_stream
+from async_rl.wire.messages import Shutdown
 from async_rl.wire.zeromq import ZmqClient
 
+EXIT_AGAIN = 75
+"""The controller had given up on this process; whoever started it should start it again."""
 
-def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
-    asyncio.run(_serve(run, options, parent))
+
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
+    return EXIT_AGAIN if asyncio.run(_serve(run, options, parent)).restart else 0
 
 
-async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
     model_config = load_config(run.model)
     device = run.generator.device
     if device == "auto":
@@ -51,7 +55,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> None
     )
     parent.ready()
     try:
-        await worker.run()
+        return await worker.run()
     finally:
         receiver.close()
         await transport.close()

@@ -14,7 +14,7 @@ from async_rl.wire.codec import training_stream
 from async_rl.wire.zeromq import ZmqClient
 
 
-def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
+def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
     learner = Learner(run, options.run_dir)
     try:
         if learner.ranks.rank > 0:
@@ -24,6 +24,7 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> None:
             asyncio.run(_serve(run, learner, options, parent))
     finally:
         learner.close()
+    return 0
 
 
 async def _serve(run: config.Run, learner: Learner, options: ServeOptions, parent: Parent) -> None:

@@ -38,7 +38,7 @@ def test_what_is_admitted_is_at_most_eta_old_when_its_turn_comes(eta: int, versi
     free = capacity(steps_ahead=eta, version=version, groups_per_step=q, consumed=taken, running=0)
     for position in range(taken, taken + free):
         assert position // q - version <= eta
-        assert min_version(max_staleness=eta, groups_per_step=q, position=position) <= version
+        assert min_version(steps_ahead=eta, groups_per_step=q, position=position) <= version
 
 
 spans = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 12)), max_size=4)

@@ -279,7 +279,7 @@ class Controller:
     def _lease(self, group: Group, position: int) -> GroupLease:
         run = self.run_config
         version = min_version(
-            max_staleness=run.staleness.max_staleness,
+            steps_ahead=run.staleness.steps_ahead,
             groups_per_step=run.rollout.groups_per_step,
             position=position,
         )
@@ -370,7 +370,7 @@ class Controller:
             return
         peer = self._generators.peers.get(peer_id)
         if peer is None:  # its heartbeats had stopped and its leases went to others: it starts over
-            self._rollouts.send(peer_id, Shutdown("the controller does not know you any more"))
+            self._rollouts.send(peer_id, Shutdown("your heartbeats had stopped", restart=True))
             return
         self._generators.heard(peer)
         match message:

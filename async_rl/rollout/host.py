@@ -112,8 +112,8 @@ class EpisodeHost:
     ) -> None:
         self.text = text
         self.tracker = Tracker("wait_lease", clock=clock)
-        """engine: a request is with the engine. environment: episodes run, none waits for the engine. wait_weights:
-        leases wait for newer weights. wait_lease: there is nothing to do, because admission is closed."""
+        """hand_over: a request is on its way to the engine, in it, or back. environment: episodes run, none waits for
+        the engine. wait_weights: leases wait for newer weights. wait_lease: nothing to do, admission is closed."""
         self.sampled_tokens = 0
         self._environment, self._engine = environment, engine
         self._timeout_s, self._started, self._report = timeout_s, started, report
@@ -257,7 +257,7 @@ class EpisodeHost:
 
     def _attribute(self) -> None:
         if self._calls:
-            cause = "engine"
+            cause = "hand_over"
         elif self._episodes:
             cause = "environment"
         else:

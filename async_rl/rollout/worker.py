@@ -122,11 +122,9 @@ class RolloutWorker:
         return self.shutdown
 
     def activity(self) -> Activity:
-        """Idle causes of the host, with the engine's sections taken out of the time requests spent there."""
-        seconds, engine = self.host.tracker.seconds(), self._engine.activity()
-        step, swap = engine.get("engine_step", 0.0), engine.get("swap", 0.0)
-        seconds["engine_step"], seconds["weight_swap"] = step, swap
-        seconds["dispatch"] = max(0.0, seconds.pop("engine", 0.0) - step - swap)
+        """Causes of the host; within the time that requests spend away from it, the steps of the engine."""
+        seconds = self.host.tracker.seconds()
+        seconds["hand_over/engine_step"] = self._engine.activity()["engine_step"]
         return Activity(self._loop.time(), seconds, process_cpu_s(), self.host.sampled_tokens)
 
     def host_call(self, method: Callable[..., None], *args: object) -> None:

@@ -30,10 +30,11 @@ def capacity(
     return backlog if max_concurrent is None else min(max_concurrent - running, backlog)
 
 
-def min_version(*, max_staleness: int, groups_per_step: int, position: int) -> int:
-    """The oldest version whose tokens may still be trained on when the group at `position` has its turn.
+def min_version(*, steps_ahead: int, groups_per_step: int, position: int) -> int:
+    """The version a lease waits for at the generator, so that its tokens are at most `steps_ahead` old in their step.
 
-    position: groups that are trained before this one if all are trained in order of admission. Its step is then
-    position // Q, and a token sampled under an older version than step - eta would have no weight.
+    position: groups that are trained before this one if all are trained in order of admission; its step is then
+    position // Q. Admission lets no group in whose version is not reached yet: the wait is for the weights to arrive.
+    With steps_ahead = 0 this alone makes the run synchronous.
     """
-    return max(0, position // groups_per_step - max_staleness)
+    return max(0, position // groups_per_step - steps_ahead)

@@ -54,7 +54,21 @@ class Tracker:
 
 
 def shares(old: Activity, new: Activity) -> dict[str, float]:
-    """Share of the time between two readings of one process that each cause took; sums to 1."""
+    """Share of the time between two readings of one process that each cause took; sums to 1.
+
+    `outer/inner` is a part of `outer` that another thread measured: it is taken out of `outer`, and is no longer than
+    it (the two clocks are not read at the same instant).
+
+    >>> before = Activity(0.0, {"wait": 1.0, "away": 1.0, "away/step": 1.0}, 0.0)
+    >>> shares(before, Activity(4.0, {"wait": 2.0, "away": 4.0, "away/step": 3.0}, 0.0))
+    {'wait': 0.25, 'away': 0.25, 'step': 0.5}
+    """
     spent = {cause: seconds - old.seconds.get(cause, 0.0) for cause, seconds in new.seconds.items()}
-    total = sum(spent.values())
-    return {cause: seconds / total for cause, seconds in spent.items()} if total > 0 else {}
+    total = sum(seconds for cause, seconds in spent.items() if "/" not in cause)
+    if total <= 0:
+        return {}
+    for cause in [cause for cause in spent if "/" in cause]:
+        outer, _, inner = cause.partition("/")
+        spent[inner] = min(spent.pop(cause), spent[outer])
+        spent[outer] -= spent[inner]
+    return {cause: seconds / total for cause, seconds in spent.items()}

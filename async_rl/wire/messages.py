@@ -90,6 +90,7 @@ class Activity(msgspec.Struct, frozen=True):
     at: float
     """time.monotonic() of the sender; comparable between processes of one machine."""
     seconds: dict[str, float]
+    """`outer/inner` is a part of `outer`, measured by another thread."""
     cpu_s: float
     tokens: int = 0
     """Tokens sampled (generator) or trained on (learner)."""
@@ -124,6 +125,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
     reason: str
     checkpoint: bool = False
+    restart: bool = False
+    """The run goes on: come back as a new process."""
 
 
 class WeightsAnnounce(msgspec.Struct, frozen=True, tag=True):

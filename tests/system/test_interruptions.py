@@ -19,9 +19,9 @@ def gone(processes: list[psutil.Process], timeout: float) -> bool:
     return not psutil.wait_procs(processes, timeout=timeout)[1]
 
 
-@pytest.mark.parametrize("victim", ["generator-0", "learner-0", "controller"])
+@pytest.mark.parametrize("victim", ["generator-0", "learner-0", "learner-1", "controller"])
 def test_a_killed_service_is_started_again_and_the_run_completes(train: Any, tmp_path: Path, victim: str) -> None:
-    started = train("steps=120")
+    started = train("steps=120", "learner.ranks=2" if victim == "learner-1" else "learner.ranks=1")
     started.line("step")
     started.children()[victim].kill()
     started.line(f"{victim} died (SIGKILL): started again")

@@ -70,6 +70,8 @@ def test_synchronous_runs_repeat_bit_for_bit(train: Any, tmp_path: Path) -> None
         code, printed, errors = train("steps=12", "staleness.max_staleness=0", run_dir=tmp_path / name).end()
         assert code == 0, printed + errors
         assert summary(tmp_path / name)["lag"] == {"mean": 0.0, "p95": 0, "max": 0}
+        gaps = [row["equal_version_gap_max"] for row in rows(tmp_path / name)]
+        assert max(gaps) < 1e-4, "log-probs of the engine and of the learner, every token at equal version"
         checkpoint = sorted((tmp_path / name / "checkpoints").iterdir())[-1]
         weights.append(load_file(checkpoint / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
