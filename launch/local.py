@@ -10,6 +10,7 @@ this process dies          every child sees its pipe close and exits (launch.chi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -52,8 +53,10 @@ class Service:
         self.error: str | None = None
 
     def kill(self) -> None:
+        """SIGKILL, past Popen, whose kill polls first and takes the exit status from the loop's child watcher."""
         if self.process.returncode is None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -78,8 +81,8 @@ class Supervisor:
                 self._over = loop.create_future()
                 await self._session()
         finally:
-            for service in self._services.values():
-                service.kill()
+            self._kill_all()
+            await asyncio.gather(*(service.process.wait() for service in list(self._services.values())))
         return bool(self._complete)
 
     async def _session(self) -> None:

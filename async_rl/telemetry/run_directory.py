@@ -1,7 +1,7 @@
 """One run on disk.
 
 config.json       the resolved recipe            ledger/        what happened to every rollout (LMDB)
-metrics.jsonl     one object per step            checkpoints/   step-000100/ ... loadable by from_pretrained
+metrics.jsonl     one object per step            checkpoints/   v00000100/ ... loadable by from_pretrained
 evaluations.jsonl one object per evaluation      logs/          one file per process
 summary.json      when the run is complete       failures.jsonl tracebacks of failed episodes
 lock              who is at work here            admin.json     where the admin endpoint listens
