@@ -33,7 +33,7 @@ COUNTERPARTS = {
     "grpo": "grpo_kl", "r1": "grpo_kl", "r1_zero": "grpo_kl", "opsm": "grpo_opsm", "dr_grpo": "dr_grpo",
     "gspo": "gspo", "sapo": "sapo", "cispo": "cispo",
 }  # fmt: skip
-"""TRL's nearest loss; every other preset is held against `dapo`, its cheapest."""
+"""TRL's nearest loss; a preset it has nothing near to is held against `dapo`, which is not TRL's cheapest."""
 EQUAL = {"dapo": {}, "dr_grpo": {}, "gspo": {}, "cispo": {}, "grpo": {}, "sapo": {"aggregation": "seq_mean_token_mean"}}
 """Presets that compute the same number as their counterpart, with these parts replaced: checked before timing."""
 
