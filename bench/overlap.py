@@ -4,8 +4,8 @@
 
 work of a role: wall seconds it spends on rollouts (engine steps, hand-over, environment code) or on training
 (steps, hand-over, publishing, checkpoints). Synchronous time can at best be the sum of the two, asynchronous time the
-larger: their quotient is the ideal speed-up. A synchronous run also waits for every message, commit and swap between the
-two, so the measured speed-up may exceed it. Medians over the pairs, with [min, max].
+larger: their quotient is the ideal speed-up. A synchronous run also waits for every message, commit and swap between
+the two, so the measured speed-up may exceed it. Medians over the pairs, with [min, max].
 """
 
 from __future__ import annotations
