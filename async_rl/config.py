@@ -37,6 +37,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What is trained: a local Hugging Face directory, or a tiny model from scratch. Exactly one of the two."""
 
     path: str = ""
+    """Relative to the recipe; with --set, relative to where the command is given."""
     tiny: TinyModel | None = None
 
 
@@ -150,8 +151,8 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """HTTP: status, pause, resume, evaluate, stop. 0 = any free port, written to admin.json in the run directory."""
     heartbeat_timeout_s: float = 15.0
     """A peer that is silent for longer has lost its leases."""
-    keep_rollouts: bool = False
-    """Keep the tokens of trained rollouts on disk after a checkpoint covers them."""
+    keep_rollouts: Literal["sample", "all", "none"] = "sample"
+    """Whose tokens stay on disk after a checkpoint covers them, for `inspect`: of one group a step, all, none."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,7 +173,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     controller: Controller = Controller()
-    report_to: list[Literal["tensorboard"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl; each needs its package."""
 
     @property
     def synchronous(self) -> bool:
@@ -214,14 +216,20 @@ def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {recipe} is not TOML: {error}") from None
+    resolve_paths(table, recipe.parent)
     for override in overrides:
-        _apply(table, override)
-    run = from_table(table)
-    module = run.environment.module
-    if module.endswith(".py") and not Path(module).is_absolute():  # relative to the recipe, wherever we were started
-        path = str((recipe.parent / module).resolve())
-        run = msgspec.structs.replace(run, environment=msgspec.structs.replace(run.environment, module=path))
-    return run
+        apply_override(table, override)
+    resolve_paths(table, Path())
+    return from_table(table)
+
+
+def resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a recipe absolute: it means the same files wherever it is used from."""
+    for section, key in (("model", "path"), ("environment", "module")):
+        inner = table.get(section)
+        path = typing.cast(dict[str, Any], inner).get(key) if isinstance(inner, dict) else None
+        if isinstance(path, str) and path and (key == "path" or path.endswith(".py")):
+            typing.cast(dict[str, Any], inner)[key] = str((folder / path).resolve())
 
 
 def from_table(table: dict[str, Any]) -> Run:
@@ -260,7 +268,7 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {override!r}: write --set section.key=value")

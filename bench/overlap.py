@@ -27,7 +27,17 @@ WAITING = ("wait_", "start")
 
 def run(recipe: Path, directory: Path, overrides: list[str]) -> dict[str, Any]:
     sets = [argument for override in overrides for argument in ("--set", override)]
-    command = [sys.executable, "-m", "async_rl.cli", "train", str(recipe), "--run-dir", str(directory), *sets]
+    command = [
+        sys.executable,
+        "-m",
+        "async_rl.cli",
+        "train",
+        str(recipe),
+        "--run-dir",
+        str(directory),
+        "--no-report",
+        *sets,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(done.stdout + done.stderr)

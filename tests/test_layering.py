@@ -20,14 +20,20 @@ TORCH_FREE = [
     "async_rl.controller.admin",
     "async_rl.controller.controller",
     "async_rl.engines.fake",
+    "async_rl.doctor.examine",
+    "async_rl.environments.reasoning_gym",
     "async_rl.environments.sorting",
     "async_rl.launch.local",
     "async_rl.ledger.inspection",
     "async_rl.rollout.worker",
     "async_rl.services.controller",
     "async_rl.simulate.virtual_loop",
+    "async_rl.stages.estimates",
     "async_rl.staleness.guard",
     "async_rl.tasks.source",
+    "async_rl.telemetry.browser",
+    "async_rl.telemetry.live_view",
+    "async_rl.telemetry.report",
     "async_rl.telemetry.run_directory",
     "async_rl.wire.zeromq",
 ]
@@ -42,6 +48,12 @@ FORBIDDEN = [
     ("algorithms", "wire"),
     ("models", "engines"),
     ("models", "learner"),
+    ("stages", "doctor"),
+    *(
+        (room, top)
+        for room in ("learner", "engines", "rollout", "controller", "weights")
+        for top in ("stages", "doctor")
+    ),
 ]
 """(room, room it never imports); engines.protocol, the seam, is everybody's."""
 

@@ -83,6 +83,16 @@ def test_plans_are_complete_bounded_and_even(lengths: list[int], ranks: int, cap
     assert planned == plan(lengths, ranks=ranks, cap=cap)
 
 
+def test_groups_that_fit_stay_together() -> None:
+    groups = [0, 1, 0, 1, 2, 2, 3, 3, 3]
+    planned = plan([4, 4, 4, 4, 6, 6, 3, 3, 3], ranks=1, cap=20, groups=groups)
+    assert planned == [[[0, 2, 4, 5], [1, 3, 6, 7, 8]]]
+    planned = plan([4, 4, 4, 4, 6, 6, 9, 9, 9], ranks=1, cap=20, groups=groups)  # 27 tokens do not fit
+    assert all(planned[0].count(m) == 1 for m in planned[0]) and {0, 2, 4, 5} in [set(m) for m in planned[0]]
+    # one group alone is divided rather than leaving a rank without work
+    assert sorted(plan([4, 5, 6], ranks=2, cap=20, groups=[7, 7, 7])) == [[[0, 1]], [[2]]]
+
+
 def test_a_rollout_over_the_cap_names_the_field() -> None:
     with pytest.raises(UserError, match=r"learner.microbatch_tokens = 10: .* write at least 11"):
         plan([3, 11], ranks=1, cap=10)

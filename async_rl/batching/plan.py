@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from async_rl.errors import UserError
 
 
-def plan(lengths: Sequence[int], *, ranks: int, cap: int) -> list[list[list[int]]]:
+def plan(lengths: Sequence[int], *, ranks: int, cap: int, groups: Sequence[int] | None = None) -> list[list[list[int]]]:
     """Pack by first-fit-decreasing under a strict cap, then deal the micro-batches to the ranks, heaviest first to
     the lightest rank.
 
-    lengths: tokens of each rollout, prompt included. cap: tokens in one micro-batch.
+    lengths: tokens of each rollout, prompt included. cap: tokens in one micro-batch. groups: of each rollout; a group
+    that fits under the cap stays together as far as the counts allow, because what trains together shares its prompt.
 
     Returns:
         [ranks][micro-batches] -> indices into `lengths`, ascending. Every index occurs once; every rank has equally
@@ -25,38 +28,65 @@ def plan(lengths: Sequence[int], *, ranks: int, cap: int) -> list[list[list[int]
         raise UserError(
             f"learner.microbatch_tokens = {cap}: a rollout of {too_long} tokens does not fit; write at least {too_long}"
         )
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for b, load in enumerate(loads):
-            if load + lengths[index] <= cap:
-                bins[b].append(index)
-                loads[b] += lengths[index]
+    bins: list[Bin] = []
+    for unit in sorted(_units(lengths, groups, cap), key=lambda unit: (-unit.tokens, unit.indices)):
+        for candidate in bins:
+            if candidate.tokens + unit.tokens <= cap:
+                candidate.units.append(unit)
                 break
         else:
-            bins.append([index])
-            loads.append(lengths[index])
+            bins.append(Bin([unit]))
     while len(bins) % ranks:
-        _split_heaviest(bins, loads, lengths)
-    per_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
-    rank_load = [0] * ranks
-    for b in sorted(range(len(bins)), key=lambda b: (-loads[b], b)):
+        _split_heaviest(bins, lengths)
+    per_rank: list[list[Bin]] = [[] for _ in range(ranks)]
+    for one in sorted(bins, key=lambda one: (-one.tokens, one.indices)):
         open_ranks = [r for r in range(ranks) if len(per_rank[r]) < len(bins) // ranks]
-        rank = min(open_ranks, key=lambda r: (rank_load[r], r))
-        per_rank[rank].append(sorted(bins[b]))
-        rank_load[rank] += loads[b]
-    return per_rank
+        lightest = min(open_ranks, key=lambda r: (sum(has.tokens for has in per_rank[r]), r))
+        per_rank[lightest].append(one)
+    return [[one.indices for one in chosen] for chosen in per_rank]
 
 
-def _split_heaviest(bins: list[list[int]], loads: list[int], lengths: Sequence[int]) -> None:
+class Unit(NamedTuple):
+    """Rollouts that stay together."""
+
+    tokens: int
+    indices: list[int]
+
+
+@dataclass(slots=True)
+class Bin:
+    """A micro-batch to be."""
+
+    units: list[Unit]
+
+    @property
+    def tokens(self) -> int:
+        return sum(unit.tokens for unit in self.units)
+
+    @property
+    def indices(self) -> list[int]:
+        return sorted(index for unit in self.units for index in unit.indices)
+
+
+def _units(lengths: Sequence[int], groups: Sequence[int] | None, cap: int) -> list[Unit]:
+    together: dict[int, list[int]] = {}
+    for index in range(len(lengths)):
+        together.setdefault(index if groups is None else groups[index], []).append(index)
+    units: list[Unit] = []
+    for indices in together.values():
+        tokens = sum(lengths[i] for i in indices)
+        units += [Unit(tokens, indices)] if tokens <= cap else [Unit(lengths[i], [i]) for i in indices]
+    return units
+
+
+def _split_heaviest(bins: list[Bin], lengths: Sequence[int]) -> None:
     """One micro-batch more, by halving the tokens of the heaviest one that has two rollouts (else an empty one)."""
-    heaviest = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, loads[b]))
-    whole = bins[heaviest]
-    kept: list[int] = []
-    moved: list[int] = []
-    for index in whole:  # longest first: greedy halves
-        half = kept if sum(lengths[i] for i in kept) <= sum(lengths[i] for i in moved) else moved
-        half.append(index)
-    bins[heaviest], loads[heaviest] = kept, sum(lengths[i] for i in kept)
+    heaviest = max(bins, key=lambda one: (len(one.indices) > 1, one.tokens))
+    units = heaviest.units
+    if len(units) == 1:  # a single group: there is nothing else to divide
+        units = [Unit(lengths[i], [i]) for i in units[0].indices]
+    kept, moved = Bin([]), Bin([])
+    for unit in sorted(units, key=lambda unit: (-unit.tokens, unit.indices)):  # longest first: greedy halves
+        (kept if kept.tokens <= moved.tokens else moved).units.append(unit)
+    heaviest.units = kept.units
     bins.append(moved)
-    loads.append(sum(lengths[i] for i in moved))

@@ -69,6 +69,7 @@ STOP_TIMEOUT_S = 3.5
 """A learner that is told to stop has so long for its last checkpoint; without it, the steps since are replayed."""
 FINISH_TIMEOUT_S = 600.0
 EVALUATION_TIMEOUT_S = 1800.0
+PULSE_INTERVAL_S = 0.25
 STALL_WARNING_S = 120.0
 """No step for so long: say which groups are missing, and who holds them."""
 
@@ -123,6 +124,9 @@ class Controller:
         self._stopped = asyncio.Event()
         self._open = False
         """Training has begun: admission and composition may proceed."""
+        self._closing = False
+        """Training is over, or was stopped: the last checkpoint is written."""
+        self._next_pulse = 0.0
         self._usage = Usage()
         self._tracker = Tracker("control", clock=self._loop.time)
         self._wall_before = journal.rows[-1]["wall_s"] if journal.rows else 0.0
@@ -131,6 +135,7 @@ class Controller:
     # --- the run, from start to end ---------------------------------------------------------------------------
 
     async def run(self) -> bool:
+        self._pulse()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self._serve(self._rollouts, self._from_generator), name="rollout stream"),
@@ -202,17 +207,19 @@ class Controller:
         self._generators.dispatch()
         try:
             async with asyncio.timeout(EVALUATION_TIMEOUT_S):
-                summary = await done
+                summary, samples = await done
         except TimeoutError:
             raise TimeoutError(
                 f"evaluation of version {version} took longer than {EVALUATION_TIMEOUT_S:.0f} s"
             ) from None
-        self.journal.evaluated(summary)
+        self.journal.evaluated(summary, samples)
         return summary
 
     async def _say_goodbye(self, complete: bool) -> None:
         """Checkpoint, then everybody leaves."""
-        self._open = False
+        self._open, self._closing = False, True
+        self._next_pulse = 0.0
+        self._pulse()
         self._checkpointed.clear()
         if self._stall is not None:
             self._stall.cancel()
@@ -330,10 +337,10 @@ class Controller:
             for result in members
         ]
         lengths = [sum(len(sequence.tokens) // 4 for sequence in rollout.sequences) for rollout in rollouts]
+        groups = [rollout.group_id for rollout in rollouts]
         learner = self.run_config.learner
-        return MicroBatches(
-            step, step, rollouts, plan(lengths, ranks=learner.ranks, cap=learner.microbatch_tokens), replay
-        )
+        planned = plan(lengths, ranks=learner.ranks, cap=learner.microbatch_tokens, groups=groups)
+        return MicroBatches(step, step, rollouts, planned, replay)
 
     @property
     def _next_composition(self) -> int:
@@ -363,6 +370,7 @@ class Controller:
             for message in messages:
                 handle(peer, message)
             self._advance()
+            self._pulse()
 
     def _from_generator(self, peer_id: str, message: GeneratorMessage) -> None:
         if isinstance(message, Hello):
@@ -377,9 +385,10 @@ class Controller:
             case Finished(purpose="eval"):
                 self._evaluations.finished(message)
                 self._ended(peer, message.group_id, [result.member for result in message.members])
-            case Failed(purpose="eval"):
+            case Failed(group_id, "eval", member, reason, traceback):
+                self.journal.failed(group_id, member, reason, traceback)
                 self._evaluations.failed(message)
-                self._ended(peer, message.group_id, [message.member])
+                self._ended(peer, group_id, [member])
             case Finished(group_id, _, members):
                 self.ledger.score(group_id, members)
                 self._ended(peer, group_id, [result.member for result in members])
@@ -464,7 +473,7 @@ class Controller:
             case StepDone():
                 self._step_done(message)
             case CheckpointSaved(version):
-                self.ledger.checkpoint(version, keep_payloads=self.run_config.controller.keep_rollouts)
+                self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
                 if version >= self.version:
                     self._when_committed(self._checkpointed.set)
             case WeightsAnnounce():
@@ -483,7 +492,7 @@ class Controller:
         self.version = version
         self._announce = None
         if version > self.ledger.run.checkpoint:  # it was saved, and we died before we heard of it
-            self.ledger.checkpoint(version, keep_payloads=self.run_config.controller.keep_rollouts)
+            self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
         self.journal.rewind(version)
         lineage = self.ledger.new_lineage()
         if lineage > 0:
@@ -511,7 +520,7 @@ class Controller:
             self._trained.set()
         elif run.evaluation.every_steps and self.version % run.evaluation.every_steps == 0:
             leases, evaluated = self._evaluations.begin(self.version)
-            evaluated.add_done_callback(lambda future: self.journal.evaluated(future.result()))
+            evaluated.add_done_callback(lambda future: self.journal.evaluated(*future.result()))
             self._generators.enqueue(leases)
 
     def _row(self, done: StepDone) -> Row:
@@ -532,6 +541,7 @@ class Controller:
             **{f"train_{name}": mean for name, mean in logged.items()},
             "tokens": tokens,
             "tokens_per_cpu_s": in_window / max(1e-9, sum(cpu_s.values())),
+            "tokens_per_s": self._usage.tokens_per_s(),
             "busy": self._usage.busy(),
             "idle": self._usage.idle(),
             "lag": histogram.summary(),
@@ -541,6 +551,25 @@ class Controller:
         }
 
     # --- readings ---------------------------------------------------------------------------------------------
+
+    def _pulse(self) -> None:
+        """Tell whoever watches where the run is, but not more often than a person can see."""
+        now = self._loop.time()
+        if now < self._next_pulse:
+            return
+        self._next_pulse = now + PULSE_INTERVAL_S
+        live = self.ledger.live
+        done, total = self._evaluations.progress
+        stage = (
+            "saving" if self._closing else "evaluation" if total else "training" if self._live.is_set() else "starting"
+        )
+        if stage == "training":
+            done, total = live[State.READY], self.run_config.step_rollouts
+        running = live[State.RUNNING] + live[State.SCORED]
+        self.journal.pulse(
+            {"stage": stage, "done": done, "total": total}
+            | {"ready": live[State.READY], "running": running, "version": self.version}
+        )
 
     def _ask_everyone(self) -> None:
         self._generators.broadcast(Heartbeat())

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from async_rl.telemetry.journal import EvalSummary
+from async_rl.telemetry.journal import EvalSummary, Row, sample_row
 from async_rl.wire.messages import Failed, Finished, GroupLease, RolloutResult, Sampling, Task
 
 FIRST_EVAL_ID = 1 << 40
 """Evaluation groups are numbered from here; training groups from 0."""
+MAX_SAMPLES = 32
+"""Rollouts of a pass that are kept to be read."""
+Evaluated: TypeAlias = tuple[EvalSummary, list[Row]]
+"""A summary, and samples."""
 
 
 @dataclass(slots=True)
 class _Pass:
     version: int
-    missing: set[int]
-    done: asyncio.Future[EvalSummary]
-    results: list[RolloutResult] = field(default_factory=list[RolloutResult])
-    failed: int = 0
+    tasks: dict[int, Task]
+    """By group id, in order."""
+    done: asyncio.Future[Evaluated]
+    results: dict[int, RolloutResult] = field(default_factory=dict[int, RolloutResult])
+    ended: set[int] = field(default_factory=set[int])
 
 
 class Evaluations:
@@ -29,7 +35,7 @@ class Evaluations:
         self._next_id = FIRST_EVAL_ID
         self._passes: list[_Pass] = []
 
-    def begin(self, version: int) -> tuple[list[GroupLease], asyncio.Future[EvalSummary]]:
+    def begin(self, version: int) -> tuple[list[GroupLease], asyncio.Future[Evaluated]]:
         """One greedy completion per held-out task, by weights of at least `version`."""
         sampling = Sampling(self._max_new_tokens, temperature=0.0)
         leases = [
@@ -37,39 +43,50 @@ class Evaluations:
             for i, task in enumerate(self._tasks)
         ]
         self._next_id += len(leases)
-        done: asyncio.Future[EvalSummary] = asyncio.get_running_loop().create_future()
-        self._passes.append(_Pass(version, {lease.group_id for lease in leases}, done))
+        done: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
+        self._passes.append(_Pass(version, {lease.group_id: lease.task for lease in leases}, done))
         return leases, done
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Tasks that ended, of how many, over the passes that are not done."""
+        return sum(len(one.ended) for one in self._passes), sum(len(one.tasks) for one in self._passes)
+
     def finished(self, message: Finished) -> None:
-        self._feed(message.group_id, message.members, 0)
+        self._feed(message.group_id, message.members[0])
 
     def failed(self, message: Failed) -> None:
-        self._feed(message.group_id, [], 1)
+        self._feed(message.group_id, None)
 
-    def _feed(self, group_id: int, results: list[RolloutResult], failed: int) -> None:
+    def _feed(self, group_id: int, result: RolloutResult | None) -> None:
+        """None: the episode failed. What is said again is ignored."""
         for current in self._passes:
-            if group_id not in current.missing:
+            if group_id not in current.tasks or group_id in current.ended:
                 continue
-            current.missing.remove(group_id)
-            current.results += results
-            current.failed += failed
-            if not current.missing:
+            current.ended.add(group_id)
+            if result is not None:
+                current.results[group_id] = result
+            if len(current.ended) == len(current.tasks):
                 self._passes.remove(current)
                 if not current.done.done():
-                    current.done.set_result(_summary(current))
+                    current.done.set_result((_summary(current), _samples(current)))
             return
 
 
 def _summary(finished: _Pass) -> EvalSummary:
-    results = finished.results
+    results = [finished.results[id_] for id_ in finished.tasks if id_ in finished.results]
     count = max(1, len(results))
     names = sorted({name for result in results for name in result.metrics})
     return EvalSummary(
         version=finished.version,
-        tasks=len(results) + finished.failed,
-        failed=finished.failed,
+        tasks=len(finished.tasks),
+        failed=len(finished.tasks) - len(results),
         reward=sum(result.reward for result in results) / count,
         metrics={name: sum(result.metrics.get(name, 0.0) for result in results) / count for name in names},
         tokens=sum(span.end - span.start for r in results for s in r.sequences for span in s.spans),
     )
+
+
+def _samples(finished: _Pass) -> list[Row]:
+    shown = [(task, finished.results[id_]) for id_, task in finished.tasks.items() if id_ in finished.results]
+    return [sample_row(finished.version, task, result) for task, result in shown[:MAX_SAMPLES]]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at a time: 128 MB of fp32."""
+CHUNK_ELEMENTS = 1 << 23
+"""Logits held at a time: 32 MB of fp32, a few copies of which the memory allocator keeps and uses again."""
 
 
 class TokenLogprobs(NamedTuple):

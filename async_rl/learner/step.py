@@ -29,7 +29,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.gradients import FlatGradients
 from async_rl.learner.logprobs import TokenLogprobs, token_logprobs
 from async_rl.learner.metrics import batch_metrics
-from async_rl.learner.packed_attention import run_packed, use_packed_attention
+from async_rl.learner.packed_attention import run_packed, shares_prefixes, use_packed_attention
 
 
 class Abandoned(AsyncRLError):
@@ -115,7 +115,7 @@ class TrainStep:
         for rollouts in step.plan[self._ranks.rank]:
             if self._ranks.any(abandon()):
                 raise Abandoned(f"step {step.step} was abandoned; its batch stays composed and is trained on later")
-            microbatch = pack(step, rollouts)
+            microbatch = pack(step, rollouts, share_prompts=shares_prefixes(self._device))
             advantages_n = advantages_N[microbatch.rollout_n].to(self._device)
             part, part_stats = self._loss(microbatch.to(self._device), advantages_n, step.version, whole)
             if part.requires_grad:
@@ -158,7 +158,7 @@ class TrainStep:
             return TokenLogprobs(nothing, nothing)
         low = torch.bfloat16 if self._run.learner.dtype == "bfloat16" else None
         with torch.autocast(self._device.type, low) if low else nullcontext():
-            hidden_TH = run_packed(self._model, microbatch.input_1T, microbatch.position_1T, microbatch.blocks)
+            hidden_TH = run_packed(self._model, microbatch.input_1T, microbatch.position_1T, microbatch.families)
         return token_logprobs(
             hidden_TH.index_select(0, microbatch.predictor_K),
             cast(nn.Linear, self._model.get_output_embeddings()).weight,

@@ -14,6 +14,8 @@ All methods block and belong in one thread at a time; none of them knows the wir
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,7 @@ class Learner:
         if batch.step != self.version:
             raise ProtocolError(f"the batch of step {batch.step} came, the learner is at version {self.version}")
         metrics = self._step(flatten(batch, self.ranks.size), abandon)
+        _release_free_memory()
         self.version += 1
         return metrics | {"train_s": time.monotonic() - started}
 
@@ -148,6 +151,13 @@ def build_objective(algorithm: Algorithm) -> Objective:
                 f"algorithm.preset = {algorithm.preset!r}: it needs {what}, which the learner does not have yet"
             )
     return objective
+
+
+def _release_free_memory() -> None:
+    """Give the heap's free pages back: steps of ever different lengths leave holes between what stays, and a learner of
+    SmolLM2 grew by half within forty steps."""
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _adamw(run: Run, parameters: object) -> torch.optim.AdamW:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from async_rl.errors import UserError
 from async_rl.ledger import records
 from async_rl.ledger.ledger import load_run
 from async_rl.ledger.records import EventRecord, GroupRecord, StepRecord
 from async_rl.ledger.states import State
-from async_rl.ledger.store import LmdbStore, Store
+from async_rl.ledger.store import Reader, snapshot
 
 Report = dict[str, int]
 
@@ -21,12 +20,11 @@ def inspect(path: Path, *, max_staleness: int) -> Report:
     Raises:
         UserError: there is none. LedgerCorrupt: a record does not decode.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no ledger; write the path of a run directory")
-    return report(LmdbStore(path, readonly=True), max_staleness=max_staleness)
+    with snapshot(path) as store:
+        return report(store, max_staleness=max_staleness)
 
 
-def report(store: Store, *, max_staleness: int) -> Report:
+def report(store: Reader, *, max_staleness: int) -> Report:
     """Counts in rollouts, over_eta in tokens.
 
     duplicates: terminal events beyond the first of a rollout. lost: admitted, and neither ended nor alive.

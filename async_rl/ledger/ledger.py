@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -18,11 +19,13 @@ from async_rl.errors import LedgerCorrupt
 from async_rl.ledger import records, states
 from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
-from async_rl.ledger.store import Store
+from async_rl.ledger.store import Reader, Store
 from async_rl.wire.messages import RolloutResult, Task, TerminalEvent
 
 MIN_SURVIVORS = 2
 """A group of which fewer members were scored has no baseline: it is cancelled."""
+Keep: TypeAlias = Literal["sample", "all", "none"]
+"""Whose tokens stay when they are not needed any more: of one group a step, of all, of none."""
 
 
 @dataclass(slots=True)
@@ -148,11 +151,13 @@ class Ledger:
         self.run = msgspec.structs.replace(self.run, best_known_version=step + 1)
         return True
 
-    def checkpoint(self, version: int, *, keep_payloads: bool) -> None:
-        """A durable checkpoint holds every step below `version`: their tokens are not needed again."""
+    def checkpoint(self, version: int, *, keep: Keep = "none") -> None:
+        """A durable checkpoint holds every step below `version`: their tokens are not needed again. Those of `keep`
+        (the first group of each step, or all) stay for whoever wants to read them."""
         for step in [step for step in self.steps if step < version]:
-            for group_id in self.steps.pop(step).groups:
-                self._forget(self.groups.pop(group_id), keep_payloads=keep_payloads)
+            for index, group_id in enumerate(self.steps.pop(step).groups):
+                stays = keep == "all" or (keep == "sample" and index == 0)
+                self._forget(self.groups.pop(group_id), keep_payloads=stays)
         self.run = msgspec.structs.replace(self.run, checkpoint=version)
 
     def new_lineage(self) -> int:
@@ -291,6 +296,6 @@ class Ledger:
             raise LedgerCorrupt(f"{run.admitted} rollouts were admitted, but {ended} ended and {live} are alive: {run}")
 
 
-def load_run(store: Store) -> RunRecord:
+def load_run(store: Reader) -> RunRecord:
     value = store.get(records.RUN)
     return RunRecord() if value is None else records.decode(records.RUN, value, RunRecord)

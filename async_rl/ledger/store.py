@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,14 +24,16 @@ Writes = Mapping[bytes, bytes | None]
 """key -> value, or None to delete it"""
 
 
-class Store(Protocol):
-    async def commit(self, writes: Writes) -> None: ...
-
+class Reader(Protocol):
     def get(self, key: bytes) -> bytes | None: ...
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Records whose key starts with `prefix`, in key order."""
         ...
+
+
+class Store(Reader, Protocol):
+    async def commit(self, writes: Writes) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -63,20 +66,17 @@ class LmdbStore:
 
     Args:
         path: directory of the environment; made if it does not exist.
-        readonly: for other processes that look at a run (`inspect`).
     """
 
-    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         try:
-            if not readonly:
-                path.mkdir(parents=True, exist_ok=True)
-            self._env = lmdb.open(str(path), map_size=INITIAL_MAP_BYTES, readonly=readonly, readahead=False)
-        except (lmdb.Error, OSError) as error:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise UserError(f"ledger {path}: cannot be opened ({error})") from None
+        self._env = _open(path, readonly=False)
         self._queue: queue.SimpleQueue[tuple[Writes, asyncio.Future[None]] | None] = queue.SimpleQueue()
-        self._thread = None if readonly else threading.Thread(target=self._commit_forever, name="ledger", daemon=True)
-        if self._thread is not None:
-            self._thread.start()
+        self._thread = threading.Thread(target=self._commit_forever, name="ledger", daemon=True)
+        self._thread.start()
 
     async def commit(self, writes: Writes) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -85,22 +85,15 @@ class LmdbStore:
 
     def get(self, key: bytes) -> bytes | None:
         with self._env.begin() as transaction:
-            value = transaction.get(key)
-            return None if value is None else bytes(value)
+            return Snapshot(transaction).get(key)
 
     def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        with self._env.begin() as transaction, transaction.cursor() as cursor:
-            if not cursor.set_range(prefix):
-                return
-            for key, value in cursor:
-                if not bytes(key).startswith(prefix):
-                    return
-                yield bytes(key), bytes(value)
+        with self._env.begin() as transaction:
+            yield from Snapshot(transaction).scan(prefix)
 
     async def close(self) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            await asyncio.to_thread(self._thread.join)
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
         self._env.close()
 
     def _commit_forever(self) -> None:
@@ -136,6 +129,52 @@ class LmdbStore:
                 return
             except lmdb.MapFullError:
                 self._env.set_mapsize(self._env.info()["map_size"] * GROWTH_FACTOR)
+
+
+class Snapshot:
+    """What an LMDB store holds at one moment, whatever is committed meanwhile."""
+
+    def __init__(self, transaction: lmdb.Transaction) -> None:
+        self._transaction = transaction
+
+    def get(self, key: bytes) -> bytes | None:
+        value = self._transaction.get(key)
+        return None if value is None else bytes(value)
+
+    def scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        with self._transaction.cursor() as cursor:
+            if not cursor.set_range(prefix):
+                return
+            for key, value in cursor:
+                if not bytes(key).startswith(prefix):
+                    return
+                yield bytes(key), bytes(value)
+
+    def keys(self, prefix: bytes) -> Iterator[bytes]:
+        """As `scan`, without touching the pages that hold the values."""
+        with self._transaction.cursor() as cursor:
+            if not cursor.set_range(prefix):
+                return
+            for key in cursor.iternext(keys=True, values=False):
+                if not bytes(key).startswith(prefix):
+                    return
+                yield bytes(key)
+
+
+@contextmanager
+def snapshot(path: Path) -> Generator[Snapshot]:
+    """For a process that looks at a run, also while it is at work. Raises UserError if there is nothing to read."""
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no ledger; write the path of a run directory whose run has begun")
+    with _open(path, readonly=True) as env, env.begin() as transaction:
+        yield Snapshot(transaction)
+
+
+def _open(path: Path, *, readonly: bool) -> lmdb.Environment:
+    try:
+        return lmdb.open(str(path), map_size=INITIAL_MAP_BYTES, readonly=readonly, readahead=False)
+    except (lmdb.Error, OSError) as error:
+        raise UserError(f"ledger {path}: cannot be opened ({error})") from None
 
 
 def _settle(done: asyncio.Future[None], error: Exception | None) -> None:

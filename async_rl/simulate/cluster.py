@@ -84,7 +84,7 @@ class MemoryJournal:
     def step(self, row: Row) -> None:
         self.rows.append(row)
 
-    def evaluated(self, summary: EvalSummary) -> None:
+    def evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
         self.evaluations.append(summary)
 
     def rewind(self, version: int) -> None:
@@ -95,6 +95,9 @@ class MemoryJournal:
 
     def summary(self, summary: Row) -> None:
         self.result = summary
+
+    def pulse(self, pulse: Row) -> None:
+        pass
 
     def say(self, line: str) -> None:
         self.said.append(line)

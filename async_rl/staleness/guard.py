@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from async_rl.wire.messages import RolloutResult
 
@@ -37,8 +38,8 @@ class LagHistogram:
     def masked_fraction(self) -> float:
         return self.stale_tokens / max(1, self.tokens.total())
 
-    def summary(self) -> dict[str, float]:
-        """Mean, 95th percentile and maximum over the tokens with weight."""
+    def summary(self) -> dict[str, Any]:
+        """Mean, 95th percentile and maximum over the tokens with weight; `tokens`: all of them by lag."""
         kept = sorted((lag, count) for lag, count in self.tokens.items() if lag <= self.max_staleness)
         total, reached, p95 = sum(count for _, count in kept), 0, 0
         for lag, count in kept:
@@ -47,7 +48,8 @@ class LagHistogram:
             if reached >= 0.95 * total:
                 break
         mean = sum(lag * count for lag, count in kept) / max(1, total)
-        return {"mean": mean, "p95": p95, "max": self.max_weighted_lag}
+        by_lag = {str(lag): count for lag, count in sorted(self.tokens.items())}
+        return {"mean": mean, "p95": p95, "max": self.max_weighted_lag, "tokens": by_lag}
 
 
 def measure(results: Iterable[RolloutResult], *, version: int, max_staleness: int) -> LagHistogram:

@@ -1,49 +1,109 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard event files, if the recipe asks for them."""
+"""Where metrics go besides metrics.jsonl, if the recipe's `report_to` asks for it: TensorBoard, W&B, Trackio.
+
+Each row of a step and each evaluation goes out under the version it belongs to; nested numbers become `lag/mean`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import msgspec
 
 from async_rl.config import Run
-from async_rl.errors import require
+from async_rl.errors import UserError, require
 
-Export = Callable[[int, Mapping[str, Any]], None]
-"""(step, row)"""
+PROJECT = "async_rl"
+
+
+class Exporter(Protocol):
+    def export(self, version: int, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Everything exported so far is safe."""
+        ...
 
 
 def check_exporters(run: Run) -> None:
-    """Raises MissingExtra where the package of one is not installed."""
+    """Raises MissingExtra where the package of one is not installed, UserError where it lacks credentials."""
     for name in run.report_to:
-        require(name, name, f'report_to = ["{name}"]')
+        module = require(name, name, f'report_to = ["{name}"]')
+        if name == "wandb" and module.setup().settings.mode == "online" and not module.login(prompt=False):
+            raise UserError('report_to = ["wandb"]: no API key; run `wandb login`, or set WANDB_MODE=offline')
 
 
-def exporters(run: Run, run_directory: Path) -> list[Export]:
-    """Raises MissingExtra where the package of one is not installed."""
-    return [tensorboard(run_directory / "tensorboard") for name in run.report_to if name == "tensorboard"]
+def exporters(run: Run, run_directory: Path) -> list[Exporter]:
+    """Those that the recipe asks for, writing into the run directory as far as they write to disk."""
+    make = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+    return [make[name](run, run_directory) for name in run.report_to]
 
 
-def tensorboard(directory: Path) -> Export:
-    """Event files that `tensorboard --logdir` reads, written without torch; nested numbers become `lag/mean`."""
-    writers = require("tensorboard.summary.writer.event_file_writer", "tensorboard", 'report_to = ["tensorboard"]')
-    event = require("tensorboard.compat.proto.event_pb2", "tensorboard", "tensorboard")
-    summary = require("tensorboard.compat.proto.summary_pb2", "tensorboard", "tensorboard")
-    writer = writers.EventFileWriter(str(directory))
+class TensorBoard:
+    """Event files that `tensorboard --logdir RUN/tensorboard` reads, written without torch."""
 
-    def export(step: int, row: Mapping[str, Any]) -> None:
-        values = [summary.Summary.Value(tag=tag, simple_value=number) for tag, number in _numbers(row)]
-        writer.add_event(event.Event(wall_time=time.time(), step=step, summary=summary.Summary(value=values)))
+    def __init__(self, run: Run, run_directory: Path) -> None:
+        writers = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        self._event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
+        self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
+        self._writer = writers.EventFileWriter(str(run_directory / "tensorboard"))
 
-    return export
+    def export(self, version: int, row: Mapping[str, Any]) -> None:
+        values = [self._summary.Value(tag=tag, simple_value=number) for tag, number in numbers(row).items()]
+        summary = self._summary(value=values)
+        self._writer.add_event(self._event(wall_time=time.time(), step=version, summary=summary))
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+class WandB:
+    """Weights & Biases, online or (WANDB_MODE=offline) into RUN/wandb. A continued run continues there too."""
+
+    def __init__(self, run: Run, run_directory: Path) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        name = run_directory.name
+        settings = wandb.Settings(console="off", silent=True)
+        options = {"id": name, "dir": str(run_directory), "resume": "allow", "settings": settings}
+        self._teardown = wandb.teardown
+        self._run = wandb.init(project=PROJECT, name=name, config=msgspec.to_builtins(run), **options)
+        self._run.define_metric("*", step_metric="version")  # a rewound run logs a version again
+
+    def export(self, version: int, row: Mapping[str, Any]) -> None:
+        self._run.log({"version": version, **numbers(row)})
+
+    def close(self) -> None:
+        self._run.finish()
+        self._teardown()  # W&B's own process writes the file: wait until it has
+
+
+class Trackio:
+    """Hugging Face's local tracker: `trackio show --project async_rl`."""
+
+    def __init__(self, run: Run, run_directory: Path) -> None:
+        trackio: Any = importlib.import_module("trackio")
+        options = {"config": msgspec.to_builtins(run), "resume": "allow", "embed": False}
+        self._run = trackio.init(project=PROJECT, name=run_directory.name, **options)
+
+    def export(self, version: int, row: Mapping[str, Any]) -> None:
+        self._run.log(numbers(row), step=version)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number of a row under a flat name.
+
+    >>> numbers({"reward": 0.5, "lag": {"mean": 1, "tokens": {"0": 3}}, "name": "x"})
+    {'reward': 0.5, 'lag/mean': 1.0, 'lag/tokens/0': 3.0}
+    """
+    found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
+            found |= numbers(value, f"{prefix}{name}/")  # pyright: ignore[reportUnknownArgumentType]
         elif isinstance(value, (int, float)):
-            found.append((prefix + name, float(value)))
+            found[prefix + name] = float(value)
     return found

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
+
+from async_rl.wire.messages import RolloutResult, Task
 
 Row = dict[str, Any]
 EDGE_STEPS = 3
@@ -24,6 +27,26 @@ class EvalSummary(msgspec.Struct, frozen=True):
     tokens: int
 
 
+def sample_row(version: int, task: Task, result: RolloutResult) -> Row:
+    """A held-out task and what the policy of `version` made of it, as plain data."""
+    return {
+        "version": version,
+        "task": {"id": task.id, "data": task.data},
+        "reward": result.reward,
+        "parts": result.parts,
+        "metrics": result.metrics,
+        "finish_reason": result.finish_reason,
+        "sequences": [
+            {
+                "tokens": np.frombuffer(sequence.tokens, np.int32).tolist(),
+                "logprobs": np.frombuffer(sequence.logprobs, np.float32).tolist(),
+                "spans": [[span.start, span.end, span.version, span.kv_version] for span in sequence.spans],
+            }
+            for sequence in result.sequences
+        ],
+    }
+
+
 class Journal(Protocol):
     """Where rows go: a run directory (telemetry.run_directory), or a list in virtual time."""
 
@@ -37,7 +60,9 @@ class Journal(Protocol):
 
     def step(self, row: Row) -> None: ...
 
-    def evaluated(self, summary: EvalSummary) -> None: ...
+    def evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
+        """samples: some of its rollouts, as `sample_row` makes them."""
+        ...
 
     def rewind(self, version: int) -> None:
         """Forget steps from `version` on: a learner starts again from that checkpoint."""
@@ -48,6 +73,10 @@ class Journal(Protocol):
         ...
 
     def summary(self, summary: Row) -> None: ...
+
+    def pulse(self, pulse: Row) -> None:
+        """Where the run is between two steps, a few times a second: for whoever watches, not for the record."""
+        ...
 
     def say(self, line: str) -> None:
         """Something a person who watches should know."""

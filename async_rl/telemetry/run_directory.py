@@ -2,8 +2,9 @@
 
 config.json       the resolved recipe            ledger/        what happened to every rollout (LMDB)
 metrics.jsonl     one object per step            checkpoints/   v00000100/ ... loadable by from_pretrained
-evaluations.jsonl one object per evaluation      logs/          one file per process
+evaluations.jsonl one object per evaluation      samples.jsonl  held-out tasks and what the policy made of them
 summary.json      when the run is complete       failures.jsonl tracebacks of failed episodes
+plots/ report.html what a person reads           logs/          one file per process
 lock              who is at work here            admin.json     where the admin endpoint listens
 """
 
@@ -13,6 +14,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ import msgspec
 from async_rl import config
 from async_rl.config import Run
 from async_rl.errors import UserError
-from async_rl.telemetry.exporters import Export
+from async_rl.telemetry.exporters import Exporter
 from async_rl.telemetry.journal import EvalSummary, Row
 
 Tell = Callable[[str, Any], None]
@@ -41,6 +43,11 @@ class RunDirectory:
         self.config, self.summary, self.lock = self.path / "config.json", self.path / "summary.json", self.path / "lock"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
         self.failures, self.admin = self.path / "failures.jsonl", self.path / "admin.json"
+        self.samples, self.plots, self.report = (
+            self.path / "samples.jsonl",
+            self.path / "plots",
+            self.path / "report.html",
+        )
         self.ledger, self.checkpoints, self.logs = self.path / "ledger", self.path / "checkpoints", self.path / "logs"
 
     def create(self, run: Run) -> None:
@@ -83,6 +90,16 @@ class RunDirectory:
     def load_metrics(self) -> list[Row]:
         return _read_lines(self.metrics)
 
+    def load_evaluations(self) -> list[EvalSummary]:
+        return [msgspec.convert(row, EvalSummary) for row in _read_lines(self.evaluations)]
+
+    def load_samples(self) -> list[Row]:
+        """Rollouts of the evaluations, as journal.sample_row makes them."""
+        return _read_lines(self.samples)
+
+    def load_failures(self) -> list[Row]:
+        return _read_lines(self.failures)
+
     def is_complete(self, run: Run) -> bool:
         summary = self.load_summary()
         return summary is not None and summary["steps"] >= run.steps
@@ -117,11 +134,11 @@ class RunDirectory:
 class DirectoryJournal:
     """The controller's journal in a run directory. Lines are flushed as they are written."""
 
-    def __init__(self, directory: RunDirectory, tell: Tell, exports: Sequence[Export] = ()) -> None:
-        """tell: called with (kind, data) for whoever watches: "step", "evaluation", "summary", "say"."""
-        self._directory, self._tell, self._exports = directory, tell, exports
+    def __init__(self, directory: RunDirectory, tell: Tell, exporters: Sequence[Exporter] = ()) -> None:
+        """tell: called with (kind, data) for whoever watches: "step", "evaluation", "pulse", "summary", "say"."""
+        self._directory, self._tell, self._exporters = directory, tell, exporters
         self._rows: list[Row] = _read_lines(directory.metrics)
-        self._evaluations = [msgspec.convert(row, EvalSummary) for row in _read_lines(directory.evaluations)]
+        self._evaluations = directory.load_evaluations()
         self._rewrite()
         self._metrics = directory.metrics.open("a")
         self._failures = 0
@@ -135,17 +152,20 @@ class DirectoryJournal:
         return self._evaluations
 
     def step(self, row: Row) -> None:
+        row = {**row, "timestamp": time.time()}
         self._rows.append(row)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
-        for export in self._exports:
-            export(row["step"], row)
+        for exporter in self._exporters:
+            exporter.export(row["version"], row)
         self._tell("step", row)
 
-    def evaluated(self, summary: EvalSummary) -> None:
+    def evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
         self._evaluations.append(summary)
-        with self._directory.evaluations.open("a") as file:
-            file.write(json.dumps(msgspec.to_builtins(summary)) + "\n")
+        _append(self._directory.samples, samples)  # first: whoever sees the evaluation finds its samples
+        _append(self._directory.evaluations, [msgspec.to_builtins(summary)])
+        for exporter in self._exporters:
+            exporter.export(summary.version, {"evaluation": {"reward": summary.reward, **summary.metrics}})
         self._tell("evaluation", msgspec.to_builtins(summary))
 
     def rewind(self, version: int) -> None:
@@ -161,23 +181,32 @@ class DirectoryJournal:
         if self._failures == 1:
             self._tell("say", f"an episode failed: {reason} (tracebacks are in {self._directory.failures.name})")
         if self._failures <= MAX_FAILURES:
-            with self._directory.failures.open("a") as file:
-                row = {"group": group_id, "member": member, "reason": reason, "traceback": traceback}
-                file.write(json.dumps(row) + "\n")
+            row = {"group": group_id, "member": member, "reason": reason, "traceback": traceback}
+            _append(self._directory.failures, [row])
 
     def summary(self, summary: Row) -> None:
         write_atomically(self._directory.summary, json.dumps(summary, indent=2) + "\n")
         self._tell("summary", summary)
+
+    def pulse(self, pulse: Row) -> None:
+        self._tell("pulse", pulse)
 
     def say(self, line: str) -> None:
         self._tell("say", line)
 
     def close(self) -> None:
         self._metrics.close()
+        for exporter in self._exporters:
+            exporter.close()
 
     def _rewrite(self) -> None:
         """What was read, whole lines only: a killed process may have left half a line."""
         write_atomically(self._directory.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 from async_rl.telemetry.activity import shares
@@ -9,6 +10,8 @@ from async_rl.wire.messages import Activity
 
 BUSY = {"generator": "engine_step", "learner": "train_step"}
 """The section in which a role does what it is for; every other cause is idle time."""
+RATE_WINDOW_S = 10.0
+"""Tokens per second are over the last readings that span so much."""
 
 
 class Usage:
@@ -20,6 +23,7 @@ class Usage:
         self.started: float | None = None
         """Loop time of the first ready batch."""
         self._ended: float | None = None
+        self._recent: dict[str, deque[Activity]] = {}
 
     def start(self, now: float) -> None:
         """The window opens: the next reading of each process is its baseline."""
@@ -31,6 +35,12 @@ class Usage:
 
     def read(self, name: str, activity: Activity) -> None:
         """name: `generator-0`, `learner`, `controller`. A restarted process begins again from its own zero."""
+        recent = self._recent.setdefault(name, deque())
+        if recent and activity.tokens < recent[-1].tokens:
+            recent.clear()
+        recent.append(activity)
+        while len(recent) > 2 and activity.at - recent[1].at >= RATE_WINDOW_S:
+            recent.popleft()
         if self.started is None or activity.at < self.started:
             return
         last = self._last.get(name)
@@ -55,6 +65,16 @@ class Usage:
             }
             for role, each in gathered.items()
         }
+
+    def tokens_per_s(self) -> dict[str, float]:
+        """role -> tokens sampled or trained on per second of late, all its processes together"""
+        rates: dict[str, float] = {}
+        for name, recent in self._recent.items():
+            role = name.split("-")[0]
+            if role in BUSY and recent[-1].at > recent[0].at:
+                rate = (recent[-1].tokens - recent[0].tokens) / (recent[-1].at - recent[0].at)
+                rates[role] = rates.get(role, 0.0) + rate
+        return rates
 
     def busy(self) -> dict[str, float]:
         return {role: causes.get(BUSY[role], 0.0) for role, causes in self.roles().items() if role in BUSY}

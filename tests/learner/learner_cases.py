@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from async_rl.config import Algorithm, Environment, Model, Optimizer, Run, TinyModel
 from async_rl.config import Rollout as RolloutConfig
@@ -28,20 +29,27 @@ def tiny_run(**sections: Any) -> Run:
 
 
 def ragged_rollouts(seed: int, version: int = 3, groups: int = 4, size: int = 4) -> list[TrainRollout]:
-    """Ragged lengths; some rollouts with two sequences, some with a gap of tool tokens, tokens of several versions."""
+    """Ragged lengths; some rollouts with two sequences, some with a gap of tool tokens, tokens of several versions. The
+    rollouts of even groups begin with one prompt, those of odd groups each with its own."""
     rng = np.random.default_rng(seed)
     rollouts: list[TrainRollout] = []
     for group in range(groups):
+        shared = rng.integers(3, VOCABULARY, int(rng.integers(2, 6))) if group % 2 == 0 else None
         for member in range(size):
-            sequences = [_sequence(rng, version) for _ in range(2 if (group + member) % 5 == 0 else 1)]
+            sequences = [_sequence(rng, version, shared)]
+            if (group + member) % 5 == 0:
+                sequences.append(_sequence(rng, version))
             rollouts.append(TrainRollout(group, member, float(rng.integers(0, 5)) / 4, sequences))
     return rollouts
 
 
-def _sequence(rng: np.random.Generator, version: int) -> Sequence:
+def _sequence(rng: np.random.Generator, version: int, shared: npt.NDArray[np.int64] | None = None) -> Sequence:
     prompt, first, gap, second = (int(rng.integers(low, high)) for low, high in ((2, 6), (1, 5), (0, 3), (1, 5)))
+    prompt = prompt if shared is None else len(shared)
     length = prompt + first + gap + second + int(rng.integers(0, 2))
     tokens = rng.integers(3, VOCABULARY, length).astype("<i4")
+    if shared is not None:
+        tokens[:prompt] = shared
     logprobs = np.zeros(length, "<f4")
     older = max(version - int(rng.integers(0, 2)), 0)
     spans = [

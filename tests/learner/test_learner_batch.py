@@ -1,4 +1,5 @@
-"""A message that breaks the wire contract is refused by name; packing orders by length and feeds no token in vain."""
+"""A message that breaks the wire contract is refused by name; packing orders by length, feeds no token in vain and a
+common prompt once."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from learner_cases import message, ragged_rollouts
 
 from async_rl.errors import ProtocolError
 from async_rl.learner.batch import flatten, pack
-from async_rl.learner.packed_attention import Block
+from async_rl.learner.packed_attention import Block, Family
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
 
 
@@ -27,7 +28,8 @@ def rollout(group: int, member: int, length: int, *spans: tuple[int, int, int]) 
 def test_equal_lengths_are_one_block_and_the_tail_is_not_fed() -> None:
     rollouts = [rollout(0, 0, 6, (3, 5, 1)), rollout(0, 1, 9, (5, 9, 1)), rollout(0, 2, 5, (4, 5, 0))]
     microbatch = pack(flatten(message(rollouts)), [1, 2, 0])
-    assert microbatch.blocks == (Block(2, 4), Block(1, 8))  # up to the token before the last trainable one
+    own = Family(0, (Block(2, 4), Block(1, 8)))
+    assert microbatch.families == (own,)  # up to the token before the last trainable one
     assert microbatch.input_1T.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]]
     assert torch.equal(microbatch.position_1T, microbatch.input_1T)
     assert microbatch.target_K.tolist() == [4, 3, 4, 5, 6, 7, 8]
@@ -36,15 +38,34 @@ def test_equal_lengths_are_one_block_and_the_tail_is_not_fed() -> None:
     assert microbatch.rollout_n.tolist() == [1, 2, 0]
 
 
+def test_a_common_prompt_is_fed_once() -> None:
+    """Prompts 0 1 2 in group 0; group 1 says the same, but is another group; one rollout has nothing after it."""
+    rollouts = [
+        rollout(0, 0, 6, (3, 6, 1)),
+        rollout(1, 0, 6, (3, 6, 1)),
+        rollout(0, 1, 5, (3, 5, 1)),
+        rollout(0, 2, 4, (3, 4, 1)),
+    ]
+    microbatch = pack(flatten(message(rollouts)), range(4))
+    assert microbatch.families == (Family(0, (Block(1, 5),)), Family(3, (Block(1, 1), Block(1, 2))))
+    assert microbatch.input_1T.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 4]]
+    assert torch.equal(microbatch.position_1T, microbatch.input_1T)
+    assert microbatch.sample_K.tolist() == [1, 1, 1, 3, 2, 2, 0, 0, 0]
+    assert microbatch.target_K.tolist() == [3, 4, 5, 3, 3, 4, 3, 4, 5]
+    assert microbatch.predictor_K.tolist() == [2, 3, 4, 7, 7, 8, 7, 9, 10]
+    assert pack(flatten(message(rollouts)), range(4), share_prompts=False).input_1T.shape == (1, 17)
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 16))
 def test_every_sampled_token_is_trained_on_once(seed: int, take: int) -> None:
     rollouts = ragged_rollouts(seed)
     step = flatten(message(rollouts))
     chosen = np.random.default_rng(seed).permutation(16)[:take].tolist()
     microbatch = pack(step, chosen)
-    assert sum(block.tokens for block in microbatch.blocks) == microbatch.input_1T.shape[1]
-    lengths = [block.length for block in microbatch.blocks]
-    assert lengths == sorted(set(lengths))
+    assert sum(family.tokens for family in microbatch.families) == microbatch.input_1T.shape[1]
+    for family in microbatch.families:
+        lengths = [block.length for block in family.blocks]
+        assert lengths == sorted(set(lengths)) and 0 not in lengths
     expected = sorted(
         (local, int(np.frombuffer(s.tokens, "<i4")[t]), float(np.frombuffer(s.logprobs, "<f4")[t]), span.version)
         for local, index in enumerate(chosen)

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from async_rl.algorithms.batch import Normaliser, TokenBatch
+from async_rl.config import Learner as LearnerConfig
 from async_rl.config import Rollout, Run
+from async_rl.learner import packed_attention
 from async_rl.learner.batch import StepBatch, flatten, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.logprobs import token_logprobs
@@ -63,6 +65,13 @@ def reference(run: Run, model: PreTrainedModel, rollouts: list[TrainRollout]) ->
     return objective.loss(tokens, Normaliser.of(mask_T, sequence_T, len(rollouts), run.rollout.max_new_tokens)).loss
 
 
+@pytest.fixture(params=["dense", "flash"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families with a common prompt: as one masked matrix, or by merged flash attention."""
+    monkeypatch.setattr(packed_attention, "DENSE_TOKENS", 0 if request.param == "flash" else 1024)
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
 def test_loss_and_gradient_of_a_step(ranks: Ranks, tmp_path: Path, temperature: float, aggregation: str) -> None:
@@ -101,6 +110,7 @@ def tiny_qwen(kind: str) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16))
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_log_probs_and_entropy(kind: str) -> None:
     model = build_model(tiny_run().model, seed=1) if kind == "llama" else tiny_qwen(kind)
@@ -111,7 +121,7 @@ def test_log_probs_and_entropy(kind: str) -> None:
     with torch.no_grad():
         log_p_SLV = padded_logits(model, step, rollouts).log_softmax(-1)
         use_packed_attention(model)
-        hidden_TH = run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.blocks)
+        hidden_TH = run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.families)
         weight_VH = model.get_output_embeddings().weight
         found = token_logprobs(hidden_TH[microbatch.predictor_K], weight_VH, microbatch.target_K)
     expected: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
@@ -159,6 +169,15 @@ def test_head_in_chunks_equals_autograd(chunk_elements: int) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("attention")
+def test_bfloat16_autocast_trains_on_common_prompts(ranks: Ranks, tmp_path: Path) -> None:
+    losses: list[float] = []
+    for dtype in ("float32", "bfloat16"):
+        learner = Learner(tiny_run(learner=LearnerConfig(dtype=dtype)), tmp_path / dtype, ranks)
+        losses.append(learner.train(message(ragged_rollouts(seed=3)))["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
 def test_sequences_longer_than_a_sliding_window_are_refused() -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -169,4 +188,4 @@ def test_sequences_longer_than_a_sliding_window_are_refused() -> None:
     use_packed_attention(model)
     microbatch = pack(flatten(message(ragged_rollouts(seed=1))), [0, 1, 2])
     with pytest.raises(ValueError, match="sliding window of 4"):
-        run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.blocks)
+        run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.families)

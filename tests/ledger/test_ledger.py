@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def test_a_group_from_admission_to_checkpoint(kind: str, tmp_path: Path) -> None
         await ledger.committed()
         assert ledger.trained(0) and not ledger.trained(0), "the second time is a replay"
         assert [r.member for r in ledger.results(group)] == [0, 1], "kept until a checkpoint covers the step"
-        ledger.checkpoint(1, keep_payloads=False)
+        ledger.checkpoint(1)
         await ledger.committed()
         report = inspection.report(store, max_staleness=0)
         assert (report["admitted"], report["trained"], report["lost"], report["duplicates"]) == (2, 2, 0, 0)
@@ -149,6 +151,35 @@ def test_lost_rollouts_are_found() -> None:
     asyncio.run(main())
 
 
+def test_a_look_at_a_run_at_work_counts_one_moment(tmp_path: Path) -> None:
+    """Another process begins to look, then the run goes on: to the looker nothing is lost and nothing is new."""
+    code = (
+        "import json, sys; from pathlib import Path; from async_rl.ledger import inspection, store\n"
+        "with store.snapshot(Path(sys.argv[1])) as snapshot:\n"
+        "    print('begun', flush=True); sys.stdin.readline()\n"
+        "    print(json.dumps(inspection.report(snapshot, max_staleness=0)))\n"
+    )
+
+    async def main() -> None:
+        ledger = await Ledger.open(LmdbStore(tmp_path))
+        ledger.admit(TASK, 2, 0)
+        await ledger.committed()
+        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+        looker = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path), **pipes)
+        assert looker.stdout is not None and await looker.stdout.readline() == b"begun\n"
+        ledger.score(0, [result(0), result(1)])
+        ledger.compose(step(0, 0))
+        ledger.trained(0)
+        ledger.checkpoint(1)
+        ledger.admit(TASK, 2, 1)
+        await ledger.committed()
+        seen = json.loads((await looker.communicate(b"\n"))[0])
+        assert (seen["admitted"], seen["running"], seen["trained"], seen["lost"]) == (2, 2, 0, 0)
+        await ledger.close()
+
+    asyncio.run(main())
+
+
 def test_commits_that_wait_together_share_one(tmp_path: Path) -> None:
     class Counting(MemoryStore):
         commits = 0
@@ -209,7 +240,7 @@ def test_any_schedule_conserves_rollouts(virtual: Callable[[Any], Any], schedule
             elif what == 5 and ledger.run.best_known_version in ledger.steps:
                 ledger.trained(ledger.run.best_known_version)
                 if member == 0:
-                    ledger.checkpoint(ledger.run.best_known_version, keep_payloads=False)
+                    ledger.checkpoint(ledger.run.best_known_version)
             await ledger.committed()
             report = inspection.report(store, max_staleness=0)
             assert inspection.holds(report), report

@@ -85,10 +85,11 @@ def cli() -> Iterator[Any]:
 
 @pytest.fixture
 def train(cli: Any, tmp_path: Path) -> Any:
-    """Start `train` on the small sort recipe in one run directory."""
+    """Start `train` on the small sort recipe in one run directory; without the seconds that a report takes."""
 
-    def start(*overrides: str, run_dir: Path | None = None) -> Cli:
+    def start(*overrides: str, run_dir: Path | None = None, report: bool = False) -> Cli:
         sets = [argument for override in [*SMALL, *overrides] for argument in ("--set", override)]
+        sets += [] if report else ["--no-report"]
         return cli("train", str(SORT), "--run-dir", str(run_dir or tmp_path / "run"), *sets)
 
     return start

@@ -36,7 +36,7 @@ ROW = {"step", "wall_s", "reward", "samples", "tokens", "tokens_per_cpu_s", "idl
 
 def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, printed, errors = train("steps=25", 'report_to=["tensorboard"]').end()
+    code, printed, errors = train("steps=25", 'report_to=["tensorboard"]', report=True).end()
     assert code == 0, printed + errors
     assert "complete: 25 steps" in printed
     result, steps = summary(run), rows(run)
@@ -53,6 +53,10 @@ def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
     out = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert out.shape[1] <= prompt.shape[1] + 4
     assert list((run / "tensorboard").iterdir())
+    assert printed.splitlines()[-1] == f"report: {run / 'report.html'}"
+    assert len(list((run / "plots").glob("*.png"))) > 5
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["version"] for sample in samples] == [0] * 16 + [25] * 16
 
     code, printed, _ = train("steps=25", 'report_to=["tensorboard"]').end()
     assert code == 0 and "is complete (25 steps)" in printed
@@ -76,7 +80,8 @@ def test_synchronous_runs_repeat_bit_for_bit(train: Any, tmp_path: Path) -> None
         weights.append(load_file(checkpoint / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    volatile = {"wall_s", "tokens_per_cpu_s", "busy", "idle", "train_s", "ready", "running"}
+    volatile = {"wall_s", "timestamp", "tokens_per_s", "tokens_per_cpu_s", "busy", "idle", "train_s"}
+    volatile |= {"ready", "running"}
     first, second = (
         [{key: value for key, value in row.items() if key not in volatile} for row in rows(tmp_path / name)]
         for name in ("first", "second")

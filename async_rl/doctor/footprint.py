@@ -1,0 +1,120 @@
+"""How much memory and disk a recipe takes, about. Sizes follow from the config alone; no weights are made.
+
+Measured for activations: SmolLM2-135M with 2048 packed tokens takes 1.6 MB a token in fp32, 1.15 MB under bfloat16
+autocast; the formula gives 1.6 and 1.2.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import msgspec
+import torch
+
+from async_rl.config import Run
+from async_rl.learner.logprobs import CHUNK_ELEMENTS
+from async_rl.models.loading import load_config
+from async_rl.models.parameters import Layout
+from async_rl.weights.shared_memory import KEEP
+
+PROMPT_TOKENS = 256
+"""Assumed for a prompt, where the model's limit allows it."""
+PROCESS = 350 << 20
+"""A Python process with torch and transformers."""
+CONTROLLER = 150 << 20
+SNAPSHOTS = KEEP + 1
+"""In shared memory at one time: the newest ones, and one being written."""
+STAGING = 2
+"""Snapshots in the learner's staging buffers."""
+ENGINE_SETS = 2
+"""Of weights in the engine while it swaps."""
+MASTER_BYTES = 16
+"""A parameter in the learner: fp32 weight and gradient, two moments of Adam."""
+SAVED_BYTES = 12
+"""A parameter in a checkpoint: fp32 weight, two moments."""
+TOKEN_BYTES = 8
+"""A token in the ledger: id and log-prob."""
+AUTOCAST_SHARE = 0.75
+"""What activations take under bfloat16 autocast, of what they take in fp32."""
+LOGITS_COPIES = 4
+
+
+class Footprint(msgspec.Struct, frozen=True):
+    """Bytes, but for the first two."""
+
+    parameters: int
+    sequence_tokens: int
+    """Of one rollout, assumed."""
+    snapshot: int
+    """One set of weights as it travels to the engines."""
+    generator: int
+    """Of one generator: weights, and a KV cache with every slot taken."""
+    learner: int
+    """Of one rank: weights, optimiser, and the activations of one micro-batch."""
+    checkpoint: int
+    ledger: int
+    """At most, of what waits for a checkpoint and of what is kept."""
+
+    def shared_memory(self, run: Run) -> int:
+        return SNAPSHOTS * self.snapshot if run.weights.transport == "shared_memory" else 0
+
+    def checkpoints(self, run: Run) -> int:
+        """Those that are kept, and one being written."""
+        return (run.checkpoint.keep + 1) * self.checkpoint
+
+    def by_device(self, run: Run, generator: torch.device, learner: torch.device) -> dict[str, int]:
+        """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""
+        processes = run.generator.count + run.learner.ranks
+        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory(run) + STAGING * self.snapshot}
+        for device, amount in (
+            (generator, run.generator.count * self.generator),
+            (learner, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),
+        ):
+            taken[device.type] = taken.get(device.type, 0) + amount
+        return taken
+
+
+def footprint(run: Run) -> Footprint:
+    """Raises UserError where the model's config cannot be read."""
+    config: Any = load_config(run.model)
+    layout = Layout.of(config, dtype=getattr(torch, run.generator.dtype))
+    parameters = sum(prod(entry.shape) for entry in layout.entries)
+    limit = config.max_position_embeddings
+    limit = min(run.generator.max_length, limit) if run.generator.max_length else limit
+    tokens = min(limit, PROMPT_TOKENS + run.rollout.max_new_tokens)
+    return Footprint(
+        parameters=parameters,
+        sequence_tokens=tokens,
+        snapshot=layout.nbytes,
+        generator=ENGINE_SETS * layout.nbytes + _kv_cache(run, config, min(limit, _power_of_two(tokens))),
+        learner=MASTER_BYTES * parameters + _activations(run, config, tokens),
+        checkpoint=SAVED_BYTES * parameters,
+        ledger=_ledger(run, tokens),
+    )
+
+
+def _kv_cache(run: Run, config: Any, tokens: int) -> int:
+    """It grows by doubling: while it does, half of it is there twice."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = getattr(torch, run.generator.dtype).itemsize
+    values = config.num_hidden_layers * run.generator.slots * tokens * 2 * config.num_key_value_heads * head
+    return values * element * 3 // 2
+
+
+def _activations(run: Run, config: Any, tokens: int) -> int:
+    """What autograd keeps of a layer: 13 tensors of the hidden size, 4 of the intermediate one; a chunk of logits."""
+    batch = min(run.learner.microbatch_tokens, run.step_rollouts * tokens)
+    token = config.num_hidden_layers * (13 * config.hidden_size + 4 * config.intermediate_size) * 4
+    share = AUTOCAST_SHARE if run.learner.dtype == "bfloat16" else 1.0
+    return int(batch * token * share) + LOGITS_COPIES * 4 * min(CHUNK_ELEMENTS, batch * config.vocab_size)
+
+
+def _ledger(run: Run, tokens: int) -> int:
+    waiting = (run.checkpoint.every_steps + run.staleness.steps_ahead + 1) * run.step_rollouts
+    kept = {"none": 0, "sample": run.rollout.group_size, "all": run.step_rollouts}[run.controller.keep_rollouts]
+    return (waiting + kept * run.steps) * tokens * TOKEN_BYTES
+
+
+def _power_of_two(tokens: int) -> int:
+    return 1 << (tokens - 1).bit_length()
