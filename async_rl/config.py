@@ -220,7 +220,10 @@ def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
     for override in overrides:
         apply_override(table, override)
     resolve_paths(table, Path())
-    return from_table(table)
+    run = from_table(table)
+    if run.model.path and not Path(run.model.path).is_dir():  # a run that is only looked at needs no model
+        raise UserError(f"model.path = {run.model.path!r}: write the path of a model directory")
+    return run
 
 
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
@@ -361,8 +364,6 @@ def _check(run: Run) -> None:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
     one_model = (run.model.path != "") != (run.model.tiny is not None)
     demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
-    if run.model.path:
-        demand(Path(run.model.path).is_dir(), "model.path", run.model.path, "write the path of a model directory")
     demand(
         run.controller.host in ("127.0.0.1", "localhost", "::1"),
         "controller.host",

@@ -557,14 +557,19 @@ class Controller:
         now = self._loop.time()
         if now < self._next_pulse:
             return
-        self._next_pulse = now + PULSE_INTERVAL_S
         live = self.ledger.live
         done, total = self._evaluations.progress
-        stage = (
-            "saving" if self._closing else "evaluation" if total else "training" if self._live.is_set() else "starting"
-        )
-        if stage == "training":
-            done, total = live[State.READY], self.run_config.step_rollouts
+        if self._closing:
+            stage = "saving"
+        elif total:
+            stage = "evaluation"
+        elif not self._live.is_set():
+            stage = "starting"
+        elif self._open and self.version < self.run_config.steps:
+            stage, done, total = "training", live[State.READY], self.run_config.step_rollouts
+        else:
+            return  # from one stage to the next
+        self._next_pulse = now + PULSE_INTERVAL_S
         running = live[State.RUNNING] + live[State.SCORED]
         self.journal.pulse(
             {"stage": stage, "done": done, "total": total}
