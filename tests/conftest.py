@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 from async_rl.simulate.virtual_loop import run_virtual
 
 Main = Coroutine[Any, Any, Any]
+
+# A suite that was started in the background of a script inherits an ignored SIGINT, and so would all it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
