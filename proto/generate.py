@@ -30,7 +30,8 @@ EXAMPLES: dict[str, list[Any]] = {
     "generator_to_controller": [
         m.Hello("generator", "generator-0", 4242, weights=m.WeightsId(0, 3)),
         m.Credit(1024),
-        m.Segment(7, 1, 0, bytes(8), bytes(8), [m.VersionSpan(0, 2, 3, 3)]),
+        m.Segment(7, 1, 0, 4, 305419896, bytes(8), bytes(8), [m.VersionSpan(0, 2, 3, 3)], yielded=True),
+        m.Positions(m.WeightsId(0, 3), [(7, 1, 6)]),
         m.Finished(7, "train", [RESULT], m.WeightsId(0, 3)),
         m.Failed(7, "train", 1, "ValueError: no answer", "Traceback ..."),
         m.Heartbeat(ACTIVITY, m.WeightsId(0, 3)),
@@ -58,7 +59,7 @@ EXAMPLES: dict[str, list[Any]] = {
     ],
     "controller_to_learner": [
         m.HelloAck("learner", 1),
-        m.MicroBatches(3, 3, [m.TrainRollout(7, 0, 0.5, [SEQUENCE])], [[[0]]]),
+        m.MicroBatches(3, 3, [m.TrainRollout(7, 0, 0.5, [SEQUENCE], {0: 0.5, 1: 0.0})], [[[0]]]),
         m.WeightGroup(2, ["generator-0"], "127.0.0.1:29500"),
         m.Heartbeat(),
         m.Shutdown("the run ends", True),

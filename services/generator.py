@@ -11,6 +11,7 @@ from async_rl import config
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.environments.api import find
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
+from async_rl.models.precision import settle
 from async_rl.rollout.host_runner import on_thread
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.rollout.worker import RolloutWorker
@@ -21,7 +22,8 @@ from async_rl.wire.messages import Shutdown
 from async_rl.wire.zeromq import ZmqClient
 
 EXIT_AGAIN = 75
-"""The controller had given up on this process; whoever started it should start it again."""
+"""The controller had given up on this process, or code of the environment blocks it: whoever started it should start
+it again."""
 
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
@@ -29,6 +31,7 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
 
 
 async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
+    run = settle(run)
     model_config = load_config(run.model)
     device = run.generator.device
     if device == "auto":

@@ -9,12 +9,14 @@ from async_rl.launch.child import Parent, ServeOptions
 from async_rl import config
 from async_rl.learner.service import LearnerService
 from async_rl.learner.trainer import Learner
+from async_rl.models.precision import settle
 from async_rl.weights.publisher import make_publisher
 from async_rl.wire.codec import training_stream
 from async_rl.wire.zeromq import ZmqClient
 
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
+    run = settle(run)
     learner = Learner(run, options.run_dir)
     try:
         if learner.ranks.rank > 0:

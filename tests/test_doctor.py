@@ -32,7 +32,7 @@ from async_rl.doctor.numerics import NothingSampled, embedded, observe
 from async_rl.engines import batcher as batcher_module
 from async_rl.engines.draw import draw
 from async_rl.engines.embedded import EmbeddedEngine
-from async_rl.engines.protocol import Request, Snapshot
+from async_rl.engines.protocol import Request, Snapshot, Swap
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.models.tiny import tiny_config, tiny_tokenizer
@@ -99,10 +99,10 @@ class OtherWeights(Wrapped):
 
 
 class LoadsOnce(Wrapped):
-    async def load_weights(self, snapshot: Snapshot) -> float:
+    async def load_weights(self, snapshot: Snapshot) -> Swap:
         if self._engine.weights is None:
             return await self._engine.load_weights(snapshot)
-        return 0.0
+        return Swap(0.0)
 
 
 def keeps_prompts(engine: EmbeddedEngine) -> None:

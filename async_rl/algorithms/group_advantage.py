@@ -32,15 +32,21 @@ def group_advantage(
     scale: Scale = "group",
     ddof: int = 1,
     eps: float = 1e-6,
+    in_batch_N: Tensor | None = None,
 ) -> Tensor:
     """[N] advantage of each rollout; groups may have any size and order.
+
+    in_batch_N: [N] bool, False = a rollout of another batch, here only because it is part of a group. Groups count it;
+    center "batch" and scale "batch" do not, and under center "batch" it gets 0. None = all are of this batch.
 
     A missing reward (NaN: the judge failed) is left out of every statistic and gets 0. A group whose rewards are all
     equal gets exactly 0: fp32 rounding of the mean would otherwise be divided by eps (8 x 0.7 leaks 5.6e-2). A lone
     rollout gets 0 as well (verl returns its raw reward). Statistics are in fp64.
     """
     group_N = torch.zeros_like(group_N) if center == "batch" else torch.unique(group_N, return_inverse=True)[1]
+    in_batch_N = torch.ones_like(rewards_N, dtype=torch.bool) if in_batch_N is None else in_batch_N
     valid_N = ~rewards_N.isnan()
+    valid_N = valid_N & in_batch_N if center == "batch" else valid_N
     reward_N = rewards_N.where(valid_N, 0.0).double()
     if center == "none" and scale == "none":
         return reward_N.to(rewards_N.dtype)
@@ -65,7 +71,7 @@ def group_advantage(
             variance_N = per_group(deviation_N.square()) / (count_N - ddof).clamp(min=1)
             advantage_N = advantage_N / (variance_N.sqrt() + eps)
         case "batch":
-            batch = reward_N[valid_N]
+            batch = reward_N[valid_N & in_batch_N]
             advantage_N = advantage_N / (batch.std(correction=ddof) + eps) if len(batch) > ddof else advantage_N
         case "group_mean":  # defined for rewards >= 0; a group that never succeeds carries no signal
             advantage_N = (advantage_N / mean_N).where(mean_N > 0, 0.0)

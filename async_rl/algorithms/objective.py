@@ -136,14 +136,19 @@ class Objective:
     def needs_critic(self) -> bool:
         return self.advantage == "critic"
 
-    def advantages(self, rewards_N: Tensor, group_N: Tensor) -> Tensor:
-        """[N] advantages of a whole step (batch statistics need all of it); NaN = missing reward = 0."""
+    def advantages(self, rewards_N: Tensor, group_N: Tensor, in_batch_N: Tensor | None = None) -> Tensor:
+        """[N] advantages of a whole step (batch statistics need all of it); NaN = missing reward = 0.
+
+        in_batch_N: [N] bool, False = of another step: it counts in its group and in no batch statistic (REINFORCE++'s
+        center, Lite PPO's scale). None = all are of this step.
+        """
         rewards_N = rewards_N.clamp(-self.reward_clip, self.reward_clip)
         match self.advantage:
             case "group":
                 return group_advantage(
-                    rewards_N, group_N, center=self.center, scale=self.scale, ddof=self.ddof, eps=self.advantage_eps
-                )
+                    rewards_N, group_N, center=self.center, scale=self.scale, ddof=self.ddof, eps=self.advantage_eps,
+                    in_batch_N=in_batch_N,
+                )  # fmt: skip
             case "max":
                 return max_advantage(rewards_N, group_N)
             case "tau_log_z":

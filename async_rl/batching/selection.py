@@ -1,26 +1,25 @@
-"""Pure: which ready groups form the next step. Oldest-admitted first with a bounded overtaking window, never
-"first finished", because that would train on short completions and starve hard problems."""
+"""Pure: which slots form the next step: oldest-admitted first, never "first finished", because that would train on
+short completions and starve hard problems.
+
+A finished rollout is passed over at most eta steps; what overtaking may cost the others is bounded by the budget of
+masked tokens (staleness.budget), not by a window: a window that binds makes every step wait for its slowest rollout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
-def select(ready: Sequence[int], running: Sequence[int], *, groups: int, overtaking: int) -> list[int] | None:
-    """The `groups` oldest ready groups, or None while the batch has to wait.
+def oldest(available: Iterable[tuple[int, Sequence[int]]], slots: int) -> list[tuple[int, list[int]]]:
+    """The first `slots` of (group, members), given in order of admission; the last group may be cut.
 
-    ready, running: group ids in order of admission; a running group is one that is not complete.
-    overtaking: at most so many ready groups may be taken past the oldest running one. With 0, batches are consumed
-    in order of admission.
-
-    >>> select([0, 2, 3], [1], groups=2, overtaking=0) is None    # 1 holds the line
-    True
-    >>> select([0, 2, 3], [1], groups=2, overtaking=1)            # 2 may overtake it
-    [0, 2]
+    >>> oldest([(0, [0, 1]), (2, [0, 1, 2]), (3, [1])], 4)
+    [(0, [0, 1]), (2, [0, 1])]
     """
-    if len(ready) < groups:
-        return None
-    batch = list(ready[:groups])
-    if running and sum(1 for group in batch if group > running[0]) > overtaking:
-        return None
-    return batch
+    chosen: list[tuple[int, list[int]]] = []
+    for group, members in available:
+        if slots <= 0:
+            break
+        chosen.append((group, list(members[:slots])))
+        slots -= len(members)
+    return chosen

@@ -2,9 +2,9 @@
 
     what happened                     | what may follow (`_advance`)
     ----------------------------------+---------------------------------------------------------
-    a step is done: version + 1       | admission: groups while there is capacity (staleness.admission)
-    a group ended                     | leases: the head of the queue to a generator with credit
-    a generator has credit            | composition: Q ready groups, oldest first (batching.selection)
+    a step is done: version + 1       | admission: groups while there is capacity (staleness.admission, .budget)
+    a rollout ended                   | leases: the head of the queue to a generator with credit
+    a generator has credit            | composition of a step (controller.composer)
     the learner asked for a batch     |
 
 Everything is an event; nothing polls. Acks and batches leave after the ledger has committed what they rest on. It knows
@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from async_rl.batching.plan import plan
-from async_rl.batching.selection import select
+import msgspec
+
 from async_rl.config import Run
+from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
 from async_rl.controller.generators import Generators, Peer
-from async_rl.errors import ProtocolError
+from async_rl.controller.watchdog import Watchdog
 from async_rl.ledger.ledger import Group, Ledger
-from async_rl.ledger.records import StepRecord
 from async_rl.ledger.states import State
-from async_rl.staleness.admission import capacity, min_version
-from async_rl.staleness.guard import LagHistogram, measure
+from async_rl.staleness.admission import min_version
 from async_rl.tasks.source import TaskSource, heldout_tasks, train_task
 from async_rl.telemetry.activity import Tracker
 from async_rl.telemetry.journal import EvalSummary, Journal, Row, summarise
@@ -37,6 +36,7 @@ from async_rl.wire.messages import (
     PROTOCOL_VERSION,
     Ack,
     BatchRequest,
+    Cancel,
     CheckpointSaved,
     Credit,
     Failed,
@@ -47,15 +47,14 @@ from async_rl.wire.messages import (
     Hello,
     HelloAck,
     LearnerMessage,
-    MicroBatches,
-    RolloutResult,
+    Positions,
     Sampling,
     Segment,
     Shutdown,
     StepDone,
+    TerminalEvent,
     ToGenerator,
     ToLearner,
-    TrainRollout,
     WeightGroup,
     WeightsAnnounce,
     WeightsFailed,
@@ -70,8 +69,10 @@ STOP_TIMEOUT_S = 3.5
 FINISH_TIMEOUT_S = 600.0
 EVALUATION_TIMEOUT_S = 1800.0
 PULSE_INTERVAL_S = 0.25
-STALL_WARNING_S = 120.0
-"""No step for so long: say which groups are missing, and who holds them."""
+FILTERED_WARNING = 10
+"""Say so when as many groups were filtered as this many steps hold, and none was trained on."""
+NAMED_PENDING = 8
+"""The watchdog names so many pending rollouts, the oldest."""
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -100,7 +101,8 @@ class Controller:
         self._tasks, self._rollouts, self._training = tasks, rollouts, training
         rollouts.epoch = training.epoch = ledger.run.epoch
         self._loop = asyncio.get_running_loop()
-        self._generators = Generators(rollouts.send, self._generator_gone, timeout_s=run.controller.heartbeat_timeout_s)
+        timeout_s = run.controller.heartbeat_timeout_s
+        self._generators = Generators(rollouts.send, self._generator_gone, self._lease_again, timeout_s=timeout_s)
         heldout = heldout_tasks(tasks, run.evaluation.tasks)
         self._evaluations = Evaluations(heldout, max_new_tokens=run.rollout.max_new_tokens)
         self._learner: str | None = None
@@ -111,10 +113,17 @@ class Controller:
         self._announce: WeightsAnnounce | None = None
         self._group_epoch = 0
         self._live_updates = 0
-        self._histograms: dict[int, LagHistogram] = {}
-        """Lags of the steps that were composed and not done."""
-        self._train_metrics: dict[int, dict[str, float]] = {}
-        """Means of what the environment logged, by step."""
+        self._composer = Composer(run, ledger, room=lambda: self._generators.room, withdraw=self._withdraw)
+        self._length_report: Row | None = None
+        """Of the newest complete cohort."""
+        self._lengths_biased = False
+        self._filtered = 0
+        """Groups that were filtered since the last step was composed."""
+        self._attempts: dict[tuple[int, int], int] = {}
+        """How many generators died with a rollout."""
+        ledger.on_end = self._rollouts_ended
+        self._batches: dict[int, Batch] = {}
+        """Those that were sent and are not done."""
         self._after_commit: list[Callable[[], None]] = []
         self._commit_wanted = asyncio.Event()
         self._live = asyncio.Event()
@@ -130,11 +139,17 @@ class Controller:
         self._usage = Usage()
         self._tracker = Tracker("control", clock=self._loop.time)
         self._wall_before = journal.rows[-1]["wall_s"] if journal.rows else 0.0
-        self._stall: asyncio.TimerHandle | None = None
+        self._watchdog = Watchdog(run.controller.watchdog_s, self._pending, journal.say)
 
     # --- the run, from start to end ---------------------------------------------------------------------------
 
     async def run(self) -> bool:
+        try:
+            return await self._run()
+        finally:  # also when it is cancelled: no timer stays behind
+            self._stop_clocks()
+
+    async def _run(self) -> bool:
         self._pulse()
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -173,6 +188,8 @@ class Controller:
                 for peer in self._generators.peers.values()
             ],
             "learner": self._learner is not None,
+            "may_run": None if self._composer.room == float("inf") else round(self._composer.room),
+            "pending": self._pending(),
             "busy": self._usage.busy(),
             "idle": self._usage.idle(),
             "last": self.journal.rows[-1] if self.journal.rows else None,
@@ -187,19 +204,29 @@ class Controller:
         if self.run_config.evaluation.tasks and not self.journal.evaluations:
             await self._evaluate(self.version)
         self._open = True
-        consumed = self._next_composition * self.run_config.rollout.groups_per_step
-        waiting = sorted([*self.ledger.running(), *self.ledger.ready()], key=lambda group: group.id)
-        running = [(i, group) for i, group in enumerate(waiting) if State.RUNNING in group.states]
-        self._generators.enqueue(self._lease(group, consumed + i) for i, group in running)  # of an earlier epoch
+        self._lease_running()
+        self._watchdog.start()
         self._advance()
         await self._trained.wait()  # the one wait without a deadline: training takes as long as it takes
         self._usage.finish(self._loop.time())
         self._ask_everyone()
         if self.run_config.evaluation.tasks and self.journal.evaluations[-1].version < self.version:
             await self._evaluate(self.version)
-        for group in [*self.ledger.running(), *self.ledger.ready()]:
-            self.ledger.cancel(group, "run_complete")
+        for group in self.ledger.waiting():
+            self.ledger.cancel(group, RUN_COMPLETE)
         await self.ledger.committed()
+
+    def _lease_running(self) -> None:
+        """What an earlier controller left running is leased again."""
+        size = self.run_config.rollout.group_size
+        used = self._composer.next_step * self.run_config.step_rollouts
+        leases: list[GroupLease] = []
+        for group in self.ledger.waiting():
+            running = group.members(State.RUNNING)
+            if running:
+                leases.append(self._lease(group, running, used // size))
+            used += group.counted[0]
+        self._generators.enqueue(leases)
 
     async def _evaluate(self, version: int) -> EvalSummary:
         leases, done = self._evaluations.begin(version)
@@ -221,9 +248,7 @@ class Controller:
         self._next_pulse = 0.0
         self._pulse()
         self._checkpointed.clear()
-        if self._stall is not None:
-            self._stall.cancel()
-        self._generators.close()
+        self._stop_clocks()
         self._generators.broadcast(Shutdown("the run is complete" if complete else "the run stops"))
         if self._learner is not None:
             self._training.send(self._learner, Shutdown("the run ends", checkpoint=True))
@@ -238,6 +263,11 @@ class Controller:
         if complete:
             self.journal.summary(self._summary())
         await self.ledger.committed()
+
+    def _stop_clocks(self) -> None:
+        """Nobody is declared gone and nothing pending is named from now on."""
+        self._watchdog.stop()
+        self._generators.close()
 
     async def _wait(self, event: asyncio.Event, timeout_s: float, missing: Callable[[], str]) -> None:
         try:
@@ -262,90 +292,82 @@ class Controller:
         self._generators.dispatch()
 
     def _admit(self) -> None:
-        if self.paused:
-            return
-        run, ledger = self.run_config, self.ledger
-        groups = run.rollout.groups_per_step
-        consumed, waiting = self._next_composition * groups, len(ledger.running()) + len(ledger.ready())
-        free = capacity(
-            steps_ahead=run.staleness.steps_ahead,
-            version=self.version,
-            groups_per_step=groups,
-            consumed=consumed,
-            running=waiting,
-        )
         fresh: list[GroupLease] = []
-        for position in range(consumed + waiting, min(consumed + waiting + free, run.steps * groups)):
+        while not self.paused and self._composer.admissible(self.version):
+            position, ledger = self._composer.position, self.ledger
             task = train_task(self._tasks, ledger.run.next_group)
-            group = ledger.admit(task, run.rollout.group_size, self.version)
-            fresh.append(self._lease(group, position))
+            group = ledger.admit(task, self.run_config.rollout.group_size, self.version)
+            members = group.members(State.RUNNING)
+            self._composer.begun(group, members)
+            fresh.append(self._lease(group, members, position))
         if fresh:
             self._generators.enqueue(fresh)
             self._commit_wanted.set()
 
-    def _lease(self, group: Group, position: int) -> GroupLease:
+    def _lease(self, group: Group, members: list[int], position: int | None = None) -> GroupLease:
+        """position: groups that are trained before this one; None where some of it was sampled already."""
         run = self.run_config
-        version = min_version(
-            steps_ahead=run.staleness.steps_ahead,
-            groups_per_step=run.rollout.groups_per_step,
-            position=position,
+        version = 0
+        if position is not None:
+            steps_ahead, groups = run.staleness.steps_ahead, run.rollout.groups_per_step
+            version = min_version(steps_ahead=steps_ahead, groups_per_step=groups, position=position)
+        return GroupLease(
+            group.id,
+            "train",
+            group.task,
+            members,
+            Sampling(run.rollout.max_new_tokens, run.rollout.temperature, run.seed),
+            version,
+            [segment for member in members for segment in group.segments.get(member, ())],
+            run.rollout.segment_tokens,
+            run.rollout.lease_tokens,
         )
-        sampling = Sampling(run.rollout.max_new_tokens, run.rollout.temperature, run.seed)
-        return GroupLease(group.id, "train", group.task, group.members(State.RUNNING), sampling, version)
+
+    def _lease_again(self, lease: GroupLease) -> GroupLease | None:
+        """The generator that held it is gone. Members that so many died with are failed: something in them kills."""
+        left: list[int] = []
+        for member in lease.members:
+            key = (lease.group_id, member)
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            if self._attempts[key] < self.run_config.rollout.attempts:
+                left.append(member)
+                continue
+            del self._attempts[key]
+            reason = f"{self.run_config.rollout.attempts} generators died with it (rollout.attempts)"
+            self._failed(Failed(lease.group_id, lease.purpose, member, reason))
+        if not left:
+            return None
+        if lease.purpose == "eval":
+            return msgspec.structs.replace(lease, members=left)
+        group = self.ledger.groups[lease.group_id]
+        self._composer.begun(group, left)
+        segments = [segment for member in left for segment in group.segments.get(member, ())]
+        return msgspec.structs.replace(lease, members=left, segments=segments)
+
+    def _withdraw(self, group_id: int, members: list[int], reason: str) -> None:
+        """These rollouts ended while they run, or wait for a generator."""
+        self._generators.forget(group_id, members)
+        for member in members:
+            peer = self._generators.holder(group_id, member)
+            if peer is not None:
+                self._rollouts.send(peer.id, Cancel(group_id, [member], reason))
+                self._generators.ended(peer, group_id, [member])
 
     def _compose(self) -> None:
-        """Answer the learner's request: with the recorded composition if the step was composed before a crash."""
+        """Answer the learner's request, if that is possible now."""
         step = self._requested
         if step is None or step >= self.run_config.steps:
             return
-        replay = step in self.ledger.steps
-        if replay:
-            chosen = self.ledger.steps[step].groups
-        else:
-            ready = [group.id for group in self.ledger.ready()]
-            running = [group.id for group in self.ledger.running()]
-            found = select(
-                ready,
-                running,
-                groups=self.run_config.rollout.groups_per_step,
-                overtaking=self.run_config.overtaking_groups,
-            )
-            if found is None:
-                return
-            chosen = found
-        self._requested = None
+        batch = self._composer.compose(step)
+        if batch is None:
+            return
+        self._requested, self._filtered = None, 0
+        self._batches[step] = batch
         if self._usage.started is None:
             self._usage.start(self._loop.time())
             self._ask_everyone()
-        results = [(group_id, self.ledger.results(self.ledger.groups[group_id])) for group_id in chosen]
-        flat = [result for _, members in results for result in members]
-        histogram = measure(flat, version=step, max_staleness=self.run_config.staleness.max_staleness)
-        if not replay:
-            record = StepRecord(
-                step, chosen, histogram.weighted_tokens, histogram.stale_tokens, histogram.max_weighted_lag
-            )
-            self.ledger.compose(record)
-        self._histograms[step], self._train_metrics[step] = histogram, _means(flat)
-        batch = self._batch(step, results, replay)
-        self._when_committed(lambda: self._send_learner(batch))
+        self._when_committed(lambda: self._send_learner(batch.message))
         self._admit()
-
-    def _batch(self, step: int, results: list[tuple[int, list[RolloutResult]]], replay: bool) -> MicroBatches:
-        rollouts = [
-            TrainRollout(group_id, result.member, result.reward, result.sequences)
-            for group_id, members in results
-            for result in members
-        ]
-        lengths = [sum(len(sequence.tokens) // 4 for sequence in rollout.sequences) for rollout in rollouts]
-        groups = [rollout.group_id for rollout in rollouts]
-        learner = self.run_config.learner
-        planned = plan(lengths, ranks=learner.ranks, cap=learner.microbatch_tokens, groups=groups)
-        return MicroBatches(step, step, rollouts, planned, replay)
-
-    @property
-    def _next_composition(self) -> int:
-        """Steps composed so far, in any lineage."""
-        return max(self.ledger.steps, default=self.ledger.run.best_known_version - 1) + 1
 
     # --- commits ----------------------------------------------------------------------------------------------
 
@@ -385,21 +407,16 @@ class Controller:
             case Finished(purpose="eval"):
                 self._evaluations.finished(message)
                 self._ended(peer, message.group_id, [result.member for result in message.members])
-            case Failed(group_id, "eval", member, reason, traceback):
-                self.journal.failed(group_id, member, reason, traceback)
-                self._evaluations.failed(message)
-                self._ended(peer, group_id, [member])
             case Finished(group_id, _, members):
-                self.ledger.score(group_id, members)
+                self._composer.scored(group_id, members)
+                self._watchdog.progress()
                 self._ended(peer, group_id, [result.member for result in members])
-            case Failed(group_id, _, member, reason, traceback):
-                self.journal.failed(group_id, member, reason, traceback)
-                self.ledger.fail(group_id, member, reason)
+            case Failed(group_id, _, member):
+                self._failed(message)
                 self._ended(peer, group_id, [member])
             case Credit(limit):
-                peer.credit = max(peer.credit, limit)
-            case Heartbeat(activity, weights):
-                peer.weights = weights
+                self._generators.accept(peer, limit)
+            case Heartbeat(activity):
                 if activity is not None:
                     peer.activity = activity
                     self._usage.read(peer.name, activity)
@@ -410,8 +427,50 @@ class Controller:
             case WeightsFailed(weights, reason):
                 log.warning("weights %d did not reach %s: %s", weights.version, peer.name, reason)
                 self._weights_failed(peer, weights.version)
-            case Segment():
-                raise ProtocolError("segments are not sent in protocol version 0")
+            case Positions(weights, sampled):
+                if peer.counted is not None:
+                    for group_id, member, total in sampled:
+                        self._composer.sampled(group_id, member, total, peer.counted.version)
+                peer.counted = weights
+            case Segment(group_id, member):
+                self._segment(peer, message)
+
+    def _failed(self, failed: Failed) -> None:
+        self.journal.failed(failed.group_id, failed.member, failed.reason, failed.traceback)
+        if failed.purpose == "eval":
+            self._evaluations.failed(failed)
+        else:
+            self.ledger.fail(failed.group_id, failed.member, failed.reason)
+
+    def _segment(self, peer: Peer, segment: Segment) -> None:
+        if self.ledger.segment(segment):
+            self._commit_wanted.set()
+        if segment.yielded:
+            self._generators.ended(peer, segment.group_id, [segment.member])
+            group = self.ledger.groups.get(segment.group_id)
+            if group is not None and group.states[segment.member] is State.RUNNING:
+                self._generators.enqueue([self._lease(group, [segment.member])])
+
+    def _rollouts_ended(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:
+        """Every terminal event passes here."""
+        self._watchdog.progress()
+        if event == "filtered":
+            self._filtered += 1
+            if self._filtered == FILTERED_WARNING * self.run_config.rollout.groups_per_step:
+                self.journal.say(f"{self._filtered} groups in a row had equal rewards and were filtered; no step since")
+        for member in members:
+            self._attempts.pop((group.id, member), None)
+        report = self._composer.ended(group, members, event, reason)
+        if report is None:
+            return
+        self._length_report = report.row()
+        if report.biased and not self._lengths_biased:
+            self.journal.say(
+                f"length bias in cohort {report.cohort} ({report.submitted} rollouts): what was trained on is "
+                f"{report.ratio:.2f} times as long as what was submitted, with masked tokens left out "
+                f"{report.weighted_ratio:.2f} times"
+            )
+        self._lengths_biased = report.biased
 
     def _ended(self, peer: Peer, group_id: int, members: list[int]) -> None:
         self._generators.ended(peer, group_id, members)
@@ -423,7 +482,7 @@ class Controller:
             self._rollouts.send(peer_id, Shutdown(f"you speak protocol {hello.protocol}, this controller {ours}"))
             return
         peer = self._generators.hello(peer_id, hello.name)
-        peer.weights = hello.weights
+        peer.weights = peer.counted = hello.weights
         self._rollouts.send(peer_id, HelloAck(f"{hello.name}/{hello.pid}"))
         self._regroup()
         if self._announce is not None and self._announce.transport == "shared_memory":
@@ -491,7 +550,10 @@ class Controller:
         self._learner, self._requested, self._weights_store = None, None, hello.weights_store
         self.version = version
         self._announce = None
+        self._composer.attention_share = hello.attention_share
         if version > self.ledger.run.checkpoint:  # it was saved, and we died before we heard of it
+            for step in range(self.ledger.run.best_known_version, version):
+                self.ledger.trained(step)
             self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
         self.journal.rewind(version)
         lineage = self.ledger.new_lineage()
@@ -514,7 +576,6 @@ class Controller:
         self._usage.read("learner", done.activity)
         self._usage.read("controller", self._tracker.activity())
         self.journal.step(self._row(done))
-        self._arm_stall_warning()
         run = self.run_config
         if self.version >= run.steps:
             self._trained.set()
@@ -524,12 +585,12 @@ class Controller:
             self._generators.enqueue(leases)
 
     def _row(self, done: StepDone) -> Row:
-        histogram, logged = self._histograms.pop(done.step), self._train_metrics.pop(done.step)
+        batch = self._batches.pop(done.step)
         assert self._usage.started is not None
         rows = self.journal.rows
         wall_s = self._wall_before + self._loop.time() - self._usage.started
         cpu_s = self._usage.cpu_s()
-        tokens = histogram.tokens.total()
+        tokens = batch.lags.tokens.total()
         in_window = sum(row["tokens"] for row in rows if row["epoch"] == self.ledger.run.epoch) + tokens
         return {
             **done.metrics,
@@ -538,14 +599,16 @@ class Controller:
             "lineage": done.weights.lineage,
             "epoch": self.ledger.run.epoch,
             "wall_s": wall_s,
-            **{f"train_{name}": mean for name, mean in logged.items()},
+            **{f"train_{name}": mean for name, mean in batch.metrics.items()},
             "tokens": tokens,
             "tokens_per_cpu_s": in_window / max(1e-9, sum(cpu_s.values())),
             "tokens_per_s": self._usage.tokens_per_s(),
             "busy": self._usage.busy(),
             "idle": self._usage.idle(),
-            "lag": histogram.summary(),
-            "masked_fraction": histogram.masked_fraction,
+            "lag": batch.lags.summary(),
+            "masked_fraction": batch.lags.masked_fraction,
+            "early_fraction": batch.early_fraction,
+            **({} if self._length_report is None else {"length": self._length_report}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],
         }
@@ -595,19 +658,27 @@ class Controller:
             },
         )
 
-    def _arm_stall_warning(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        self._stall = self._loop.call_later(STALL_WARNING_S, self._warn_of_stall)
-
-    def _warn_of_stall(self) -> None:
-        held = [f"group {g.id} at {self._generators.holder(g.id)}" for g in self.ledger.running()[:5]]
-        self.journal.say(
-            f"no step for {STALL_WARNING_S:.0f} s: {self.ledger.live[State.READY]} rollouts are ready, "
-            f"{len(self.ledger.running())} groups are not ({', '.join(held) or 'none'})"
-        )
-
-
-def _means(results: list[RolloutResult]) -> dict[str, float]:
-    names = sorted({name for result in results for name in result.metrics})
-    return {name: sum(r.metrics.get(name, 0.0) for r in results) / max(1, len(results)) for name in names}
+    def _pending(self) -> list[str]:
+        """The oldest rollouts that did not end, each with its stage and who has it, and what the learner does; empty
+        while nothing has to end."""
+        if self.paused or not self.ledger.unused:
+            return []
+        lines: list[str] = []
+        for group in self.ledger.waiting():
+            for member, state in enumerate(group.states):
+                if len(lines) == NAMED_PENDING:
+                    break
+                if state is State.RUNNING:
+                    peer = self._generators.holder(group.id, member)
+                    where = f"at {peer.name}" if peer is not None else "waits for a generator with credit"
+                    tokens = self._composer.tokens(group.id, member)
+                    lines.append(f"{group.id}/{member} {where} ({tokens} tokens at the last report)")
+                elif state is State.SCORED:
+                    lines.append(f"{group.id}/{member} is scored and waits for its group")
+                elif state is State.READY:
+                    lines.append(f"{group.id}/{member} is ready and waits for a step")
+        learner = "trains" if self._requested is None else f"waits for step {self._requested}"
+        if self._learner is None:
+            learner = "is not there"
+        ready = f"{self.ledger.available} of {self.run_config.step_rollouts} slots are ready"
+        return [*lines, ready, f"the learner {learner}"]

@@ -8,8 +8,11 @@ queued --(credit)--> leased --(Finished | Failed)--> done
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from async_rl.wire.messages import Activity, GroupLease, Lease, ToGenerator, WeightsId
 
@@ -30,7 +33,17 @@ class Peer:
     """Rollouts it was given in all since its Hello."""
     leases: dict[int, GroupLease] = field(default_factory=dict[int, GroupLease])
     """group id -> what it still works on"""
+    held: int = 0
+    """Rollouts in `leases`."""
+
+    @property
+    def free(self) -> int:
+        """Rollouts it accepts now."""
+        return self.credit - self.leased
+
     weights: WeightsId | None = None
+    counted: WeightsId | None = None
+    """The weights of its last Positions: what its rollouts sampled since then, until the next Positions, is theirs."""
     activity: Activity | None = None
 
 
@@ -40,29 +53,38 @@ class Generators:
     Args:
         send: puts a message on the rollout stream.
         gone: called with the name of a generator whose heartbeats stopped.
+        again: what is leased instead of a lease whose generator is gone; None: nothing.
     """
 
     def __init__(
         self,
         send: Callable[[str, ToGenerator], None],
         gone: Callable[[str], None],
+        again: Callable[[GroupLease], GroupLease | None],
         *,
         timeout_s: float,
     ) -> None:
         self.peers: dict[str, Peer] = {}
         """connection id -> generator"""
-        self._send, self._gone, self._timeout_s = send, gone, timeout_s
+        self._send, self._gone, self._again, self._timeout_s = send, gone, again, timeout_s
         self._queue: list[GroupLease] = []
+        self._freest: list[tuple[int, str]] = []
+        """Heap of (-free, connection id); entries that are out of date are skipped."""
+        self.room = 0
+        """Rollouts that all of them together accept at a time, those they hold included."""
         self._watch: dict[str, asyncio.TimerHandle] = {}
 
     @property
     def num_queued(self) -> int:
         return len(self._queue)
 
-    def holder(self, group_id: int) -> str:
-        """Who works on a group, for messages to people."""
-        held = [peer.name for peer in self.peers.values() if group_id in peer.leases]
-        return held[0] if held else "nobody"
+    def holder(self, group_id: int, member: int) -> Peer | None:
+        """Who works on a rollout."""
+        for peer in self.peers.values():
+            lease = peer.leases.get(group_id)
+            if lease is not None and member in lease.members:
+                return peer
+        return None
 
     def hello(self, peer_id: str, name: str) -> Peer:
         """A generator arrives. An older connection of the same name is void."""
@@ -72,14 +94,23 @@ class Generators:
         self._arm(peer)
         return peer
 
+    def accept(self, peer: Peer, credit: int) -> None:
+        """It accepts so many rollouts in all since its Hello."""
+        if credit > peer.credit:
+            self.room += credit - peer.credit
+            peer.credit = credit
+            heapq.heappush(self._freest, (-peer.free, peer.id))
+
     def heard(self, peer: Peer) -> None:
         peer.heard = asyncio.get_running_loop().time()
 
     def remove(self, peer: Peer) -> None:
         """It is gone: what it held is leased again, before anything younger."""
         del self.peers[peer.id]
+        self.room -= peer.free + peer.held
         self._watch.pop(peer.id).cancel()
-        self.enqueue(peer.leases.values())
+        again = [self._again(lease) for lease in peer.leases.values()]
+        self.enqueue(lease for lease in again if lease is not None)
 
     def enqueue(self, leases: Iterable[GroupLease]) -> None:
         """Evaluation first, then by age."""
@@ -91,15 +122,27 @@ class Generators:
         given: dict[str, list[GroupLease]] = {}
         while self._queue and self.peers:
             size = len(self._queue[0].members)
-            peer = max(self.peers.values(), key=lambda peer: peer.credit - peer.leased)
-            if peer.leased + size > peer.credit:
+            peer = self._most_free()
+            if peer is None or peer.free < size:
                 break
             lease = self._queue.pop(0)
             peer.leased += size
-            peer.leases[lease.group_id] = lease
+            peer.held += size
+            heapq.heappush(self._freest, (-peer.free, peer.id))
+            held = peer.leases.setdefault(lease.group_id, msgspec.structs.replace(lease, members=[], segments=[]))
+            held.members.extend(lease.members)
             given.setdefault(peer.id, []).append(lease)
         for peer_id, leases in given.items():
             self._send(peer_id, Lease(leases))
+
+    def _most_free(self) -> Peer | None:
+        while self._freest:
+            free, peer_id = self._freest[0]
+            peer = self.peers.get(peer_id)
+            if peer is not None and peer.free == -free:
+                return peer
+            heapq.heappop(self._freest)
+        return None
 
     def ended(self, peer: Peer, group_id: int, members: Iterable[int]) -> None:
         """These members need no generator any more."""
@@ -109,8 +152,17 @@ class Generators:
         for member in members:
             if member in lease.members:
                 lease.members.remove(member)
+                peer.held -= 1
+                self.room -= 1  # its next Credit returns it
         if not lease.members:
             del peer.leases[group_id]
+
+    def forget(self, group_id: int, members: Iterable[int]) -> None:
+        """Nobody is to begin these members any more."""
+        gone = set(members)
+        for lease in [lease for lease in self._queue if lease.group_id == group_id]:
+            lease.members[:] = [member for member in lease.members if member not in gone]
+        self._queue = [lease for lease in self._queue if lease.members]
 
     def broadcast(self, message: ToGenerator) -> None:
         for peer_id in self.peers:

@@ -41,6 +41,9 @@ def examine(run: Run | None, run_directory: Path) -> Generator[Check]:
         yield machine.memory(0, machine.available_memory())
         return
     try:
+        from async_rl.models.precision import settle
+
+        run = settle(run)
         yield from _fits(run, run_directory)
         yield _environment(run)
         yield from _numerics(run)

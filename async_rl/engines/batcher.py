@@ -164,6 +164,10 @@ class Batcher:
         self._versions.swap(self._tick, weights.version)
         self._computed = None  # a new sequence never attends to KV of older weights
 
+    def sampled(self) -> dict[int, int]:
+        """request id -> tokens sampled of it so far; of those in a slot."""
+        return {row.request.id: row.sampled(self._tick) for row in self._rows if row is not None}
+
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Admit what waits as far as slots and budget allow, then sample one token for every sequence."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from async_rl.engines.batcher import Batcher
 from async_rl.engines.decoder import DecoderWeights
-from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Request, Snapshot
+from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Request, Snapshot, Swap
 from async_rl.engines.stopwatch import Stopwatch
 from async_rl.wire.messages import WeightsId
 
@@ -65,8 +65,11 @@ class EmbeddedEngine:
         """Why no command is accepted any more; guarded by the gate, so that none enters a queue that nobody reads."""
         self._ended: Future[None] = Future()
         self._loading = asyncio.Lock()
-        self._swapped: Future[float] | None = None
+        self._swapped: Future[Swap] | None = None
         """The swap that was posted last."""
+        self._stepped_at = float("-inf")
+        self._delivered = 0
+        """Chunks since the start."""
         self._paused = False
         self._thread: threading.Thread | None = None
         self._stopwatch: Stopwatch | None = None
@@ -78,6 +81,10 @@ class EmbeddedEngine:
     @property
     def weights(self) -> WeightsId | None:
         return self._batcher.weights
+
+    @property
+    def stepped_at(self) -> float:
+        return self._stepped_at
 
     def start(self, deliver: Deliver) -> None:
         """Chunks are delivered on the engine's thread, between two steps: hand them over and return."""
@@ -108,7 +115,7 @@ class EmbeddedEngine:
     def resume(self) -> None:
         self._post(lambda: self._set_paused(False))
 
-    async def load_weights(self, snapshot: Snapshot) -> float:
+    async def load_weights(self, snapshot: Snapshot) -> Swap:
         """Loads that overlap happen one after the other. A failed or cancelled load leaves the old weights live.
 
         Raises:
@@ -116,7 +123,7 @@ class EmbeddedEngine:
         """
         async with self._loading:
             prepared = await asyncio.to_thread(self._batcher.prepare, snapshot.tensors)
-            swapped: Future[float] = Future()
+            swapped: Future[Swap] = Future()
             self._swapped = swapped
             self._post(lambda: self._swap(snapshot.weights, prepared, swapped))
             return await asyncio.wrap_future(swapped)
@@ -146,6 +153,12 @@ class EmbeddedEngine:
     # --- on the engine's thread -----------------------------------------------------------------------------
 
     def _run(self, deliver: Deliver, stopwatch: Stopwatch) -> None:
+        def step() -> Sequence[Chunk]:
+            stopwatch.switch("engine_step")
+            chunks = self._batcher.step()
+            self._stepped_at = time.monotonic()
+            return chunks
+
         error: BaseException | None = None
         try:
             while True:
@@ -155,10 +168,10 @@ class EmbeddedEngine:
                 try:
                     command = self._commands.get(block=not runnable)
                 except queue.Empty:
-                    stopwatch.switch("engine_step")
-                    command = self._batcher.step
+                    command = step
                 chunks = command()
                 if chunks:
+                    self._delivered += len(chunks)
                     deliver(chunks)
         except _Stop:
             pass
@@ -171,14 +184,14 @@ class EmbeddedEngine:
         self._paused = paused
         return ()
 
-    def _swap(self, weights: WeightsId, prepared: DecoderWeights, swapped: Future[float]) -> Sequence[Chunk]:
+    def _swap(self, weights: WeightsId, prepared: DecoderWeights, swapped: Future[Swap]) -> Sequence[Chunk]:
         assert self._stopwatch is not None
         if not swapped.set_running_or_notify_cancel():
             return ()
         self._stopwatch.switch("swap")
         started = time.monotonic()
         self._batcher.swap(weights, prepared)
-        swapped.set_result(time.monotonic() - started)
+        swapped.set_result(Swap(time.monotonic() - started, self._batcher.sampled(), self._delivered))
         return ()
 
     def _close(self, error: BaseException | None) -> None:

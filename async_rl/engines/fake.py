@@ -14,13 +14,13 @@ import asyncio
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, exp
+from math import ceil, exp, floor
 from statistics import NormalDist
 
 import numpy as np
 
 from async_rl.engines import sampling, validation
-from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Int32s, Request, Snapshot
+from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Int32s, Request, Snapshot, Swap
 from async_rl.engines.stopwatch import Stopwatch
 from async_rl.engines.versions import Entry, VersionLog
 from async_rl.wire.messages import FinishReason, WeightsId
@@ -84,7 +84,10 @@ class FakeEngine:
         self._paused = False
         self._tick = 0
         self._since = 0.0
-        """When the last tick ended."""
+        """When the last tick ended, or the engine woke without having sampled."""
+        self._stepped_at = float("-inf")
+        self._delivered = 0
+        """Chunks since the start."""
         self._step_s: float | None = None
         """How long the step in progress takes; None while nothing is sampled."""
         self._planned = 0
@@ -103,6 +106,13 @@ class FakeEngine:
     @property
     def weights(self) -> WeightsId | None:
         return self._weights
+
+    @property
+    def stepped_at(self) -> float:
+        if self._loop is None or self._step_s is None:
+            return self._stepped_at
+        steps = floor((self._loop.time() - self._since) / self._step_s)
+        return self._since + steps * self._step_s if steps > 0 else self._stepped_at
 
     def start(self, deliver: Deliver) -> None:
         assert self._loop is None, "an engine starts once"
@@ -133,8 +143,8 @@ class FakeEngine:
     def resume(self) -> None:
         self._post(lambda: self._set_paused(False))
 
-    async def load_weights(self, snapshot: Snapshot) -> float:
-        swapped: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    async def load_weights(self, snapshot: Snapshot) -> Swap:
+        swapped: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
         self._post(lambda: self._swap(snapshot.weights, swapped))
         return await swapped
 
@@ -183,15 +193,20 @@ class FakeEngine:
         else:
             self._tick += self._planned
             self._since += self._planned * self._step_s
+            if self._planned:
+                self._stepped_at = self._since
         chunks: list[Chunk] = []
         while self._due and self._due[0][0] <= self._tick:
             _, request_id = heapq.heappop(self._due)
             row = self._rows.get(request_id)
             if row is not None and row.entry.tick + row.due - 1 == self._tick:
                 chunks.append(self._chunk(row, row.due, row.reason if row.due == row.total else None))
+        self._delivered += len(chunks)
         posted, self._posted = self._posted, []
         for command in posted:
-            chunks += command()
+            more = command()
+            self._delivered += len(more)
+            chunks += more
         frozen = self._frozen_until > self._since
         if self._weights is not None and not frozen:
             self._admit()
@@ -235,14 +250,15 @@ class FakeEngine:
         self._paused = paused
         return []
 
-    def _swap(self, weights: WeightsId, swapped: asyncio.Future[float]) -> list[Chunk]:
+    def _swap(self, weights: WeightsId, swapped: asyncio.Future[Swap]) -> list[Chunk]:
         assert self._loop is not None
         if swapped.cancelled():
             return []
         self._weights = weights
         self._versions.swap(self._tick, weights.version)
         self._frozen_until = self._since + self._swap_seconds
-        self._loop.call_at(self._frozen_until, _resolve, swapped, self._swap_seconds)
+        sampled = {row.request.id: self._tick - row.entry.tick + 1 for row in self._rows.values()}
+        self._loop.call_at(self._frozen_until, _resolve, swapped, Swap(self._swap_seconds, sampled, self._delivered))
         return []
 
     # --- what is sampled --------------------------------------------------------------------------------------
@@ -280,9 +296,9 @@ class FakeEngine:
         return Chunk(request.id, tokens, logprobs, spans, reason)
 
 
-def _resolve(future: asyncio.Future[float], value: float) -> None:
+def _resolve(future: asyncio.Future[Swap], swap: Swap) -> None:
     if not future.done():
-        future.set_result(value)
+        future.set_result(swap)
 
 
 def _ignore(chunks: Sequence[Chunk]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,6 +61,20 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Swap:
+    """What an engine knew at the moment at which weights went live, between two decode steps."""
+
+    stall_s: float
+    """How long no decode step could run."""
+    sampled: Mapping[int, int] = field(default_factory=dict[int, int])
+    """request id -> tokens sampled of this request, by weights before these; requests that wait for a slot may be
+    absent."""
+    delivered: int = 0
+    """Chunks the engine had produced since its start. It delivers them in this order, so whoever counts them can tell
+    what ended before the swap from what ended after it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do; the conformance suite says so where something is missing."""
 
@@ -91,6 +105,12 @@ class Engine(Protocol):
         """The weights that sample now; None before the first load."""
         ...
 
+    @property
+    def stepped_at(self) -> float:
+        """When the last decode step ended, in seconds of time.monotonic() (of the loop, in virtual time); -inf before
+        the first. An engine that samples moves it on, whether it delivers anything or not."""
+        ...
+
     def start(self, deliver: Deliver) -> None: ...
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -107,8 +127,8 @@ class Engine(Protocol):
 
     def resume(self) -> None: ...
 
-    async def load_weights(self, snapshot: Snapshot) -> float:
-        """Make the snapshot live between two decode steps, with sequences in flight. Returns the stall in seconds."""
+    async def load_weights(self, snapshot: Snapshot) -> Swap:
+        """Make the snapshot live between two decode steps, with sequences in flight."""
         ...
 
     def activity(self) -> dict[str, float]:

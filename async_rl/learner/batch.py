@@ -5,6 +5,7 @@ Axis suffixes of this package:
     S  sequences of the step (a rollout has one or more)
     A  all tokens of the step, sequence after sequence
     R  version spans of the step
+    B  rows of the groups that advantages are relative to (learner.baselines)
     T  tokens fed to the model in one micro-batch, packed without padding
     K  trainable tokens of one micro-batch: what the objective calls T
     H  hidden size, V vocabulary
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from async_rl.errors import ProtocolError
+from async_rl.learner.baselines import BaselineRows, baseline_rows
 from async_rl.learner.packed_attention import Block, Family
 from async_rl.wire.messages import MicroBatches, TrainRollout
 
@@ -42,6 +44,8 @@ class StepBatch:
     """[ranks][micro-batches] -> indices of rollouts."""
     rewards_N: npt.NDArray[np.float32]
     """NaN = missing."""
+    baseline: BaselineRows
+    """What the rewards are compared with."""
     group_N: Ints
     first_N: Ints
     """[N + 1] the sequences of rollout i are first_N[i] to first_N[i + 1]."""
@@ -128,6 +132,7 @@ def flatten(message: MicroBatches, ranks: int = 1) -> StepBatch:
     ).reshape(-1, 5)
     sequence_R, begin_R, end_R, version_R, kv_version_R = spans_R5.T
     _check_spans(message, rollout_S, length_S, spans_R5)
+    _check_baselines(rollouts)
     _check_plan(message, ranks)
 
     start_S = np.cumsum(length_S) - length_S
@@ -145,6 +150,7 @@ def flatten(message: MicroBatches, ranks: int = 1) -> StepBatch:
         version=message.version,
         plan=message.plan,
         rewards_N=np.fromiter((rollout.reward for rollout in rollouts), np.float32, len(rollouts)),
+        baseline=baseline_rows(rollouts),
         group_N=np.fromiter((rollout.group_id for rollout in rollouts), np.int64, len(rollouts)),
         first_N=np.concatenate([[0], np.cumsum(counts_N)]),
         tokens_A=np.frombuffer(b"".join([s.tokens for s in sequences]), "<i4"),
@@ -256,6 +262,16 @@ def _check_spans(message: MicroBatches, rollout_S: Ints, length_S: Ints, spans_R
     _refuse(message.rollouts, rollout_R, overlaps_R, "spans overlap or are out of order")
     future_R = (version_R < 0) | (version_R > message.version)
     _refuse(message.rollouts, rollout_R, future_R, f"a span has a version outside [0, {message.version}]")
+
+
+def _check_baselines(rollouts: list[TrainRollout]) -> None:
+    own_N = np.array([rollout.baseline.get(rollout.member, rollout.reward) for rollout in rollouts])
+    reward_N = np.array([rollout.reward for rollout in rollouts])
+    other_N = (own_N != reward_N) & ~(np.isnan(own_N) & np.isnan(reward_N))
+    _refuse(rollouts, np.arange(len(rollouts)), other_N, "its baseline holds another reward of its own")
+    identities = {(rollout.group_id, rollout.member) for rollout in rollouts}
+    if len(identities) < len(rollouts):
+        raise ProtocolError("a rollout is in the batch twice")
 
 
 def _check_plan(message: MicroBatches, ranks: int) -> None:

@@ -51,7 +51,8 @@ class WeightsPublisher(Protocol):
 class LearnerService:
     """`await run()` until the controller says Shutdown.
 
-    The batch of step k + 1 is asked for when step k begins, so that it has arrived when step k ends.
+    The batch of step k + 1 is asked for when the last micro-batch of step k begins: late, so that it is composed of the
+    newest rollouts, and early enough to have arrived when step k ends.
     """
 
     def __init__(
@@ -62,11 +63,14 @@ class LearnerService:
         transport: Client[LearnerMessage, ToLearner],
     ) -> None:
         self._config, self._learner, self._publisher, self._transport = run, learner, publisher, transport
+        self._loop = asyncio.get_running_loop()
         self._tracker = Tracker("start")
         self._batches: asyncio.Queue[MicroBatches] = asyncio.Queue()
-        self._welcome: asyncio.Future[HelloAck] = asyncio.get_running_loop().create_future()
+        self._requested = -1
+        """The last step whose batch was asked for."""
+        self._welcome: asyncio.Future[HelloAck] = self._loop.create_future()
         self._stopping = threading.Event()
-        self._shutdown: asyncio.Future[Shutdown] = asyncio.get_running_loop().create_future()
+        self._shutdown: asyncio.Future[Shutdown] = self._loop.create_future()
         self._thread = ThreadPoolExecutor(1, "train")
         self._saved = -1
         """Version of the newest checkpoint."""
@@ -77,7 +81,14 @@ class LearnerService:
         learner = self._learner
         if learner.resumed_from is not None:
             self._saved = learner.version
-        hello = Hello("learner", "learner", os.getpid(), weights=learner.weights, weights_store=self._publisher.store)
+        hello = Hello(
+            "learner",
+            "learner",
+            os.getpid(),
+            weights=learner.weights,
+            weights_store=self._publisher.store,
+            attention_share=learner.attention_share,
+        )
         self._transport.send(hello)
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(self._serve(), name="training stream")
@@ -93,13 +104,11 @@ class LearnerService:
     async def _train_until_shutdown(self) -> None:
         self._request(self._learner.version)
         while (batch := await self._next_batch()) is not None:
-            self._request(batch.step + 1)
             try:
-                metrics = await self._in_thread(
-                    "train_step", lambda batch=batch: self._learner.train(batch, self._stopping.is_set)
-                )
+                metrics = await self._in_thread("train_step", lambda batch=batch: self._train(batch))
             except Abandoned:
                 break  # it is composed: the next start trains on it
+            self._request(batch.step + 1)  # a step without micro-batches has no last one
             self._tracker.switch("publish")
             self._publisher.publish(self._learner.weights, self._learner.snapshot)
             self._tokens += int(metrics["tokens"])
@@ -110,6 +119,14 @@ class LearnerService:
                 await self._save()
         if (await self._shutdown).checkpoint:
             await self._save()
+
+    def _train(self, batch: MicroBatches) -> dict[str, float]:
+        """On the training thread."""
+
+        def ask_for_next() -> None:
+            self._loop.call_soon_threadsafe(self._request, batch.step + 1)
+
+        return self._learner.train(batch, self._stopping.is_set, ask_for_next)
 
     async def _next_batch(self) -> MicroBatches | None:
         """None: the controller said Shutdown."""
@@ -136,7 +153,8 @@ class LearnerService:
         self._transport.send(CheckpointSaved(self._saved, self._saved_path))
 
     def _request(self, step: int) -> None:
-        if step < self._config.steps:
+        if self._requested < step < self._config.steps:
+            self._requested = step
             self._transport.send(BatchRequest(step))
 
     async def _in_thread(self, cause: str, work: Callable[[], T]) -> T:
@@ -149,7 +167,7 @@ class LearnerService:
             finally:
                 self._tracker.switch("hand_over")
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, booked)
+        return await self._loop.run_in_executor(self._thread, booked)
 
     async def _serve(self) -> None:
         while not self._shutdown.done():

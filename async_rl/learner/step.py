@@ -11,6 +11,7 @@ no extra forward pass is made.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import cast
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 from async_rl.algorithms.batch import Normaliser, TokenBatch
 from async_rl.algorithms.metrics import add_stats, skip_reason, summarise
 from async_rl.algorithms.objective import Objective
-from async_rl.config import Optimizer, Run
+from async_rl.config import Optimizer, Run, Staleness
 from async_rl.errors import AsyncRLError
+from async_rl.learner.baselines import BaselineRows
 from async_rl.learner.batch import PackedMicroBatch, StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.gradients import FlatGradients
@@ -43,6 +45,10 @@ class StalenessViolated(AsyncRLError):
 def never() -> bool:
     """The default of `abandon`."""
     return False
+
+
+def ignored() -> None:
+    """The default of `last_begins`."""
 
 
 def learning_rate(optimizer: Optimizer, version: int, steps: int) -> float:
@@ -70,6 +76,18 @@ def normaliser(step: StepBatch, max_new_tokens: int) -> Normaliser:
     )
 
 
+def advantages(objective: Objective, rows: BaselineRows) -> Tensor:
+    """[N] of the rollouts of the step, each relative to its baseline."""
+    rewards_B, group_B = torch.from_numpy(rows.rewards_B), torch.from_numpy(rows.group_B)
+    advantages_B = objective.advantages(rewards_B, group_B, torch.from_numpy(rows.in_step_B))
+    return advantages_B[torch.from_numpy(rows.row_N)]
+
+
+def weight_bound(staleness: Staleness) -> int:
+    """The highest lag a token with weight may have. `on_stale = "off"` has none: nothing is masked nor asserted."""
+    return sys.maxsize if staleness.on_stale == "off" else staleness.max_staleness
+
+
 class TrainStep:
     """One optimiser step on one composed batch."""
 
@@ -78,43 +96,50 @@ class TrainStep:
     ) -> None:
         self._run, self._model, self._optimizer, self._objective, self._ranks = run, model, optimizer, objective, ranks
         self._device = ranks.device
+        self._bound = weight_bound(run.staleness)
         self._gradients = FlatGradients(model.parameters())
         model.eval()  # no dropout: log-probs must be those of the policy that sampled
         use_packed_attention(model)
 
-    def __call__(self, step: StepBatch, abandon: Callable[[], bool] = never) -> dict[str, float]:
+    def __call__(
+        self, step: StepBatch, abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
+    ) -> dict[str, float]:
         """Update the weights, or leave them bit for bit as they were: a skipped step says so in its metrics.
+
+        last_begins: called when the last micro-batch of this rank begins.
 
         Raises:
             Abandoned: `abandon` said so on some rank; the weights have not changed.
             StalenessViolated: promise P1 does not hold; the weights have not changed.
         """
-        stats, loss = self._accumulate(step, abandon)
+        stats, loss = self._accumulate(step, abandon, last_begins)
         self._gradients.reduce(self._ranks)
         norm = self._gradients.norm().double()
         values = self._reduce({**stats, "loss": loss})
         grad_norm = float(norm)
         if values.pop("stale_weight", 0.0) != 0.0:
-            raise StalenessViolated(
-                f"step {step.step}: tokens more than {self._run.staleness.max_staleness} versions old have weight"
-            )
-        metrics = batch_metrics(step, self._run.staleness.max_staleness)
+            raise StalenessViolated(f"step {step.step}: tokens more than {self._bound} versions old have weight")
+        metrics = batch_metrics(step, self._bound)
         metrics |= {"loss": values.pop("loss"), "grad_norm": grad_norm}
         metrics |= _equal_version_metrics(values)
         metrics |= summarise({name: torch.tensor(value) for name, value in values.items()}) if values else {}
         return metrics | self._update(step, metrics)
 
-    def _accumulate(self, step: StepBatch, abandon: Callable[[], bool]) -> tuple[dict[str, Tensor], Tensor]:
+    def _accumulate(
+        self, step: StepBatch, abandon: Callable[[], bool], last_begins: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of this rank's micro-batches into the buffer; their statistics and loss, summed."""
         self._gradients.zero()
-        rewards_N, group_N = torch.from_numpy(step.rewards_N), torch.from_numpy(step.group_N)
-        advantages_N = self._objective.advantages(rewards_N, group_N)
+        advantages_N = advantages(self._objective, step.baseline)
         whole = normaliser(step, self._run.rollout.max_new_tokens)
         stats: list[dict[str, Tensor]] = []
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for rollouts in step.plan[self._ranks.rank]:
+        plan = step.plan[self._ranks.rank]
+        for number, rollouts in enumerate(plan, 1):
             if self._ranks.any(abandon()):
                 raise Abandoned(f"step {step.step} was abandoned; its batch stays composed and is trained on later")
+            if number == len(plan):
+                last_begins()
             microbatch = pack(step, rollouts, share_prompts=shares_prefixes(self._device))
             advantages_n = advantages_N[microbatch.rollout_n].to(self._device)
             part, part_stats = self._loss(microbatch.to(self._device), advantages_n, step.version, whole)
@@ -128,7 +153,7 @@ class TrainStep:
         self, microbatch: PackedMicroBatch, advantages_n: Tensor, version: int, whole: Normaliser
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar part of the step's loss, and its statistics."""
-        fresh_enough_K = version - microbatch.version_K <= self._run.staleness.max_staleness
+        fresh_enough_K = version - microbatch.version_K <= self._bound
         logprobs = self._logprobs(microbatch)
         with_entropy = self._objective.entropy_coef != 0
         entropy_K = logprobs.entropy_K if with_entropy else logprobs.entropy_K.detach()

@@ -30,7 +30,8 @@ from async_rl.errors import ProtocolError, UserError
 from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
 from async_rl.learner.distributed import Ranks, choose_device
-from async_rl.learner.step import Abandoned, TrainStep, never
+from async_rl.learner.step import Abandoned, TrainStep, ignored, never
+from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.models.parameters import Layout
 from async_rl.weights.wire_layout import wire_layout
@@ -79,12 +80,21 @@ class Learner:
     def weights(self) -> WeightsId:
         return WeightsId(self.lineage, self.version)
 
+    @property
+    def attention_share(self) -> float:
+        """See models.flops."""
+        return attention_share(self.model.config, self.model.num_parameters())
+
     def begin(self, lineage: int) -> None:
         """Train under this lineage from now on."""
         self.lineage = lineage
 
-    def train(self, batch: MicroBatches, abandon: Callable[[], bool] = never) -> dict[str, float]:
+    def train(
+        self, batch: MicroBatches, abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
+    ) -> dict[str, float]:
         """One optimiser step; the version is one higher afterwards, also where the step was skipped.
+
+        last_begins: called when the last micro-batch begins, on the thread that trains.
 
         Returns numbers for metrics.jsonl; those of a skipped, non-finite step may be NaN.
 
@@ -97,7 +107,7 @@ class Learner:
         started = time.monotonic()
         if batch.step != self.version:
             raise ProtocolError(f"the batch of step {batch.step} came, the learner is at version {self.version}")
-        metrics = self._step(flatten(batch, self.ranks.size), abandon)
+        metrics = self._step(flatten(batch, self.ranks.size), abandon, last_begins)
         _release_free_memory()
         self.version += 1
         return metrics | {"train_s": time.monotonic() - started}

@@ -10,6 +10,7 @@ from async_rl.ledger.ledger import load_run
 from async_rl.ledger.records import EventRecord, GroupRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, snapshot
+from async_rl.wire.messages import RolloutResult, Segment, Task
 
 Report = dict[str, int]
 
@@ -25,7 +26,7 @@ def inspect(path: Path, *, max_staleness: int) -> Report:
 
 
 def report(store: Reader, *, max_staleness: int) -> Report:
-    """Counts in rollouts, over_eta in tokens.
+    """Counts in rollouts, over_eta in tokens. Every record is decoded, also those that are not counted.
 
     duplicates: terminal events beyond the first of a rollout. lost: admitted, and neither ended nor alive.
     over_eta: tokens with weight in a step whose lag was above `max_staleness`.
@@ -41,6 +42,12 @@ def report(store: Reader, *, max_staleness: int) -> Report:
     for key, value in store.scan(b"group/"):
         states = records.decode(key, value, GroupRecord).states
         alive.update(State(state).name.lower() for state in states if not State(state).terminal)
+    for key, value in store.scan(b"segment/"):
+        records.decode(key, value, Segment)
+    for key, value in store.scan(b"task/"):
+        records.decode(key, value, Task)
+    for key, value in store.scan(b"payload/"):
+        records.decode(key, value, list[RolloutResult])
     over_eta = 0
     for key, value in store.scan(b"step/"):
         step = records.decode(key, value, StepRecord)

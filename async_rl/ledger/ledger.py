@@ -4,12 +4,16 @@ Methods change the state in memory at once and queue the records; `await committ
 so far is durable (group commit: one sync for all that waits). Conservation is checked at every commit:
 
     admitted = trained + filtered + failed + cancelled + running + scored + ready + composed
+
+Credit is counted in slots, one per admitted rollout. A slot is free again when a step's batch used it or when its whole
+group ended without training. A member that died leaves an empty slot, which the batch that its group's survivors go
+into uses up: a batch has Q * G slots, and as many rollouts or fewer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -20,33 +24,58 @@ from async_rl.ledger import records, states
 from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, Store
-from async_rl.wire.messages import RolloutResult, Task, TerminalEvent
+from async_rl.wire.messages import RolloutResult, Segment, Task, TerminalEvent
 
 MIN_SURVIVORS = 2
 """A group of which fewer members were scored has no baseline: it is cancelled."""
+UNUSED, RETURNED = -1, -2
+"""Instead of a step: the slot waits for one; its credit was returned without one."""
 Keep: TypeAlias = Literal["sample", "all", "none"]
 """Whose tokens stay when they are not needed any more: of one group a step, of all, of none."""
+Filter: TypeAlias = Literal["none", "uniform"]
+"""Which complete groups are not trained on: none, or those whose rewards are all equal."""
+OnEnd: TypeAlias = "Callable[[Group, Sequence[int], TerminalEvent, str], None]"
+"""(group, members, event, reason)"""
 
 
 @dataclass(slots=True)
 class Group:
-    """A group that is not over; mutable, and changed only by the ledger."""
+    """A group of which something may still be needed; mutable, and changed only by the ledger."""
 
     id: int
     task: Task
     version: int
     """Learner version at admission."""
     states: list[State]
+    steps: list[int]
+    """[G] the step that used the member's slot, UNUSED or RETURNED."""
+    baseline: dict[int, float] = field(default_factory=dict[int, float])
+    """member -> reward of those that had ended when the group was opened: what advantages are relative to. It depends
+    on that moment and on nothing later, so that a member's own length cannot bias it."""
     results: dict[int, RolloutResult] = field(default_factory=dict[int, RolloutResult])
     """Scored members; dropped from memory when a step that holds them was trained on."""
-    step: int = -1
+    segments: dict[int, list[Segment]] = field(default_factory=dict[int, list[Segment]])
+    """What running members have sampled, as far as it is kept, in order."""
+    keeps_payload: bool = False
+    """Its tokens stay on disk for whoever wants to read them."""
+    counted: tuple[int, int] = (0, 0)
+    """(unused slots, available slots) as the ledger's totals hold them."""
 
     def members(self, state: State) -> list[int]:
         return [member for member, its in enumerate(self.states) if its is state]
 
     @property
-    def ready(self) -> bool:
-        return State.READY in self.states
+    def opened(self) -> bool:
+        """Its members may be trained on as they are there."""
+        return bool(self.baseline)
+
+    @property
+    def available(self) -> list[int]:
+        """Members whose slots the next step can use: the ready, and the dead of an open group."""
+        if not self.baseline:
+            return []
+        pairs = enumerate(zip(self.states, self.steps, strict=True))
+        return [m for m, (state, step) in pairs if step == UNUSED and (state is State.READY or state.terminal)]
 
     @property
     def over(self) -> bool:
@@ -59,16 +88,29 @@ class Ledger:
     def __init__(self, store: Store, run: RunRecord) -> None:
         self.run = run
         self.groups: dict[int, Group] = {}
-        """Groups that are not over, in order of admission; trained ones leave when a checkpoint covers them."""
+        """In order of admission; a group leaves when it is over and a checkpoint covers its steps."""
         self.steps: dict[int, StepRecord] = {}
         """Composed steps that no checkpoint covers yet."""
         self.live = {State.RUNNING: 0, State.SCORED: 0, State.READY: 0, State.COMPOSED: 0}
         """Rollouts by state."""
         self.repeats = 0
         """Results that arrived again and were removed."""
+        self.unused = 0
+        """Slots that no step has used yet."""
+        self.available = 0
+        """Those of them that the next step can use."""
+        self.on_end: OnEnd = _nobody_listens
+        """Called with every terminal event, after it."""
+        self.filter: Filter = "none"
         self._store = store
         self._waiting: dict[int, Group] = {}
-        """The groups that no step holds, in order of admission."""
+        """Groups with unused slots, in order of admission."""
+        self._open: dict[int, Group] = {}
+        """Groups with available slots."""
+        self._closed: dict[int, dict[int, Group]] = {}
+        """Waiting groups that are not open, by their version at admission."""
+        self._dirty: dict[int, Group] = {}
+        """Groups whose record is out of date."""
         self._writes: dict[bytes, bytes | None] = {}
         self._appended = self._durable = 0
         """Changes made, and the first so many of them that are on disk."""
@@ -85,7 +127,7 @@ class Ledger:
         ledger._load()
         ledger._check_conservation()
         ledger.run = msgspec.structs.replace(ledger.run, epoch=ledger.run.epoch + 1)
-        ledger._put(records.RUN, ledger.run)
+        ledger._appended += 1
         await ledger.committed()
         return ledger
 
@@ -93,95 +135,150 @@ class Ledger:
 
     def admit(self, task: Task, size: int, version: int) -> Group:
         """A new group of `size` running rollouts, admitted while the learner is at `version`."""
-        group = Group(self.run.next_group, task, version, [State.RUNNING] * size)
+        group = Group(self.run.next_group, task, version, [State.RUNNING] * size, [UNUSED] * size)
         self.groups[group.id] = self._waiting[group.id] = group
+        self._closed.setdefault(version, {})[group.id] = group
         self.live[State.RUNNING] += size
         self._count(next_group=1, admitted=size)
         self._put(records.task_key(group.id), task)
-        self._put_group(group)
+        self._changed(group)
         return group
 
-    def score(self, group_id: int, results: Sequence[RolloutResult]) -> None:
-        """Results of members; those known already, or of a group that is over, are counted as repeats and ignored."""
+    def segment(self, segment: Segment) -> bool:
+        """Keep what a running member sampled, instead of what an earlier lease had from there on. False: it is over."""
+        group = self.groups.get(segment.group_id)
+        if group is None or group.states[segment.member] is not State.RUNNING:
+            return False
+        known = group.segments.setdefault(segment.member, [])
+        while known and (known[-1].call, known[-1].start) >= (segment.call, segment.start):
+            self._delete(_segment_key(known.pop()))
+        if segment.tokens or segment.finish_reason is not None:
+            known.append(segment)
+            self._put(_segment_key(segment), segment)
+        return True
+
+    def score(self, group_id: int, results: Sequence[RolloutResult]) -> list[int]:
+        """Results of members; those known already, or of a group that is over, are counted as repeats and ignored.
+        Returns the members that are new."""
         group = self.groups.get(group_id)
         new = [r for r in results if group is not None and group.states[r.member] is State.RUNNING]
         self.repeats += len(results) - len(new)
         if group is None or not new:
-            return
+            return []
+        members = [result.member for result in new]
         for result in new:
             group.results[result.member] = result
-        self._move(group, [result.member for result in new], State.SCORED)
-        self._put(records.payload_key(group_id, new[0].member), new)
+            self._drop_segments(group, result.member)
+        self._move(group, members, State.SCORED)
+        self._put(records.payload_key(group_id, members[0]), new)
+        if group.opened:
+            self._move(group, members, State.READY)
         self._settle(group)
+        return members
 
-    def fail(self, group_id: int, member: int, reason: str) -> None:
-        """A member's episode failed; the group goes on with its survivors."""
+    def fail(self, group_id: int, member: int, reason: str) -> bool:
+        """A member's episode failed; the group goes on with its survivors. False: it had ended before."""
         group = self.groups.get(group_id)
         if group is None or group.states[member] is not State.RUNNING:
             self.repeats += 1
-            return
+            return False
         self._end(group, [member], "failed", reason)
         self._settle(group)
+        return True
 
-    def cancel(self, group: Group, reason: str) -> list[int]:
-        """End every member that no step holds. Returns the members that were still running."""
-        running = group.members(State.RUNNING)
-        for state in (State.RUNNING, State.SCORED, State.READY):
-            self._end(group, group.members(state), "cancelled", reason)
-        self._forget_if_over(group)
+    def cancel(self, group: Group, reason: str, members: Iterable[int] | None = None) -> list[int]:
+        """End these members (default: all) as far as no step holds them. Returns those that were still running."""
+        chosen = range(len(group.states)) if members is None else list(members)
+        ended = [m for m in chosen if group.states[m] in (State.RUNNING, State.SCORED, State.READY)]
+        running = [m for m in ended if group.states[m] is State.RUNNING]
+        self._end(group, ended, "cancelled", reason)
+        self._settle(group)
+        if members is None:
+            self._return_unused(group)
         return running
 
-    def compose(self, step: StepRecord) -> None:
-        """These groups are the batch of the step. Commit before the learner gets it."""
-        for group_id in step.groups:
-            group = self._waiting.pop(group_id)
-            group.step = step.step
-            self._move(group, group.members(State.READY), State.COMPOSED)
+    def open_group(self, group: Group) -> None:
+        """Its scored members may be trained on from now on, and the others as they end (see Group.baseline)."""
+        scored = group.members(State.SCORED)
+        group.baseline = {member: group.results[member].reward for member in scored}
+        self._move(group, scored, State.READY)
+
+    def compose(self, step: StepRecord, empty: Iterable[tuple[int, Sequence[int]]] = ()) -> None:
+        """The batch of a step; `empty`: (group, members) of the empty slots it uses up. Commit before the learner gets
+        it."""
+        for group_id, members in step.parts:
+            group = self._waiting[group_id]
+            self._move(group, members, State.COMPOSED)
+            self._use(group, members, step.step)
+        for group_id, members in empty:
+            self._use(self._waiting[group_id], members, step.step)
         self.steps[step.step] = step
         self._put(records.step_key(step.step), step)
 
-    def trained(self, step: int) -> bool:
-        """The learner finished the step. False if it had already, in an earlier lineage: no new event then."""
+    def return_slots(self, empty: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Empty slots that fill a whole batch are given back: a step needs rollouts."""
+        for group_id, members in empty:
+            group = self._waiting[group_id]
+            self._use(group, members, RETURNED)
+            self._forget_if_done(group)
+
+    def trained(self, step: int) -> list[Group]:
+        """The learner finished the step. Returns its groups; none if it had finished it in an earlier lineage: there
+        is no new event then."""
         if step < self.run.best_known_version:
-            return False
-        for group_id in self.steps[step].groups:
+            return []
+        groups: list[Group] = []
+        for group_id, members in self.steps[step].parts:
             group = self.groups[group_id]
-            self._end(group, group.members(State.COMPOSED), "trained", "", step)
-            group.results.clear()
+            groups.append(group)
+            self._end(group, members, "trained", "", step)
+            for member in members:
+                group.results.pop(member, None)
         self.run = msgspec.structs.replace(self.run, best_known_version=step + 1)
-        return True
+        return groups
 
     def checkpoint(self, version: int, *, keep: Keep = "none") -> None:
         """A durable checkpoint holds every step below `version`: their tokens are not needed again. Those of `keep`
         (the first group of each step, or all) stay for whoever wants to read them."""
-        for step in [step for step in self.steps if step < version]:
-            for index, group_id in enumerate(self.steps.pop(step).groups):
-                stays = keep == "all" or (keep == "sample" and index == 0)
-                self._forget(self.groups.pop(group_id), keep_payloads=stays)
+        covered = [self.steps.pop(step) for step in [step for step in self.steps if step < version]]
         self.run = msgspec.structs.replace(self.run, checkpoint=version)
+        self._appended += 1
+        for step in covered:
+            for index, (group_id, _) in enumerate(step.parts):
+                group = self.groups.get(group_id)
+                if group is not None:
+                    group.keeps_payload |= keep == "all" or (keep == "sample" and index == 0)
+        for group_id in {group_id for step in covered for group_id, _ in step.parts}:
+            if group_id in self.groups:
+                self._forget_if_done(self.groups[group_id])
 
     def new_lineage(self) -> int:
         """A learner that starts from a checkpoint opens a new lineage; the first one is 0."""
         lineage = self.run.lineage
         self.run = msgspec.structs.replace(self.run, lineage=lineage + 1)
-        self._put(records.RUN, self.run)
+        self._appended += 1
         return lineage
 
     # --- what is there ----------------------------------------------------------------------------------------
 
-    def running(self) -> list[Group]:
-        """Groups with a running member, in order of admission."""
-        return [group for group in self._waiting.values() if State.RUNNING in group.states]
+    def waiting(self) -> list[Group]:
+        """Groups with slots that no step has used, in order of admission."""
+        return list(self._waiting.values())
 
-    def ready(self) -> list[Group]:
-        """Complete groups that no step holds, in order of admission."""
-        return [group for group in self._waiting.values() if group.ready]
+    def closed(self, version: int) -> list[Group]:
+        """Groups admitted at `version` or before that are not open to training."""
+        return [group for at in sorted(self._closed) if at <= version for group in self._closed[at].values()]
 
-    def results(self, group: Group) -> list[RolloutResult]:
-        """Results of the members a step holds (or would hold), read back from the store if memory let go of them."""
-        if group.results:
-            return [group.results[member] for member in sorted(group.results)]
-        return sorted(self._payloads(group.id), key=lambda result: result.member)
+    def available_slots(self) -> list[tuple[int, list[int]]]:
+        """(group, members) whose slots the next step can use, in order of admission."""
+        return [(group_id, self._open[group_id].available) for group_id in sorted(self._open)]
+
+    def results(self, group_id: int, members: Sequence[int]) -> list[RolloutResult]:
+        """Results of these members, read back from the store if memory let go of them."""
+        group = self.groups[group_id]
+        if not all(member in group.results for member in members):
+            group.results |= {result.member: result for result in self._payloads(group_id)}
+        return [group.results[member] for member in members]
 
     async def committed(self) -> None:
         """Returns when everything changed before the call is durable."""
@@ -201,7 +298,12 @@ class Ledger:
         try:
             await asyncio.sleep(0)  # what this turn of the loop still has to say goes into the same commit
             self._check_conservation()
-            self._put(records.RUN, self.run)
+            for group in self._dirty.values():
+                states_, steps = list[int](group.states), list(group.steps)
+                record = GroupRecord(group.id, group.version, states_, steps, group.baseline)
+                self._writes[records.group_key(group.id)] = records.encode(record)
+            self._dirty.clear()
+            self._writes[records.RUN] = records.encode(self.run)
             writes, self._writes, covers = self._writes, {}, self._appended
             await self._store.commit(writes)
             self._durable = covers
@@ -216,39 +318,77 @@ class Ledger:
             self.live[old] -= 1
             if not to.terminal:
                 self.live[to] += 1
-        self._put_group(group)
+        self._changed(group)
 
-    def _end(self, group: Group, members: list[int], event: TerminalEvent, reason: str, step: int = -1) -> None:
+    def _end(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str, step: int = -1) -> None:
         if not members:
             return
-        self._put(records.event_key(self.run.next_event), EventRecord(group.id, members, event, reason, step))
+        for member in members:
+            self._drop_segments(group, member)
+        self._put(records.event_key(self.run.next_event), EventRecord(group.id, list(members), event, reason, step))
         self._count(next_event=1, **{event: len(members)})
         self._move(group, members, State[event.upper()])
+        self.on_end(group, members, event, reason)
+
+    def _use(self, group: Group, members: Iterable[int], step: int) -> None:
+        for member in members:
+            group.steps[member] = step
+        self._changed(group)
 
     def _settle(self, group: Group) -> None:
-        """When the last member ended: ready with its survivors, or too small to have a baseline."""
-        if State.RUNNING in group.states:
+        """When the last member ended: open to training, or over without it."""
+        if State.RUNNING in group.states or group.opened:
             return
         scored = group.members(State.SCORED)
-        if len(scored) >= min(MIN_SURVIVORS, len(group.states)):
-            self._move(group, scored, State.READY)
-        else:
+        if len(scored) < min(MIN_SURVIVORS, len(group.states)):
             self._end(group, scored, "cancelled", "group_too_small")
-            self._forget_if_over(group)
-
-    def _forget_if_over(self, group: Group) -> None:
-        if group.over:
-            del self.groups[group.id], self._waiting[group.id]
-            self._forget(group, keep_payloads=False)
-
-    def _forget(self, group: Group, *, keep_payloads: bool) -> None:
-        self._appended += 1
-        self._writes[records.group_key(group.id)] = None
-        if keep_payloads:
+        elif self.filter == "uniform" and len({group.results[member].reward for member in scored}) == 1:
+            self._end(group, scored, "filtered", "uniform_rewards")
+        else:
+            self.open_group(group)
             return
-        self._writes[records.task_key(group.id)] = None
+        self._return_unused(group)
+
+    def _return_unused(self, group: Group) -> None:
+        self._use(group, [m for m, step in enumerate(group.steps) if step == UNUSED], RETURNED)
+        self._forget_if_done(group)
+
+    def _forget_if_done(self, group: Group) -> None:
+        if group.id not in self.groups or not group.over or UNUSED in group.steps:
+            return
+        if max(group.steps) >= self.run.checkpoint:
+            return
+        del self.groups[group.id]
+        self._dirty.pop(group.id, None)
+        self._delete(records.group_key(group.id))
+        if group.keeps_payload:
+            return
+        self._delete(records.task_key(group.id))
         for member in range(len(group.states)):  # a group's results stand under the first member of each message
-            self._writes[records.payload_key(group.id, member)] = None
+            self._delete(records.payload_key(group.id, member))
+
+    def _drop_segments(self, group: Group, member: int) -> None:
+        for segment in group.segments.pop(member, ()):
+            self._delete(_segment_key(segment))
+
+    def _changed(self, group: Group) -> None:
+        """Keep the totals and indices right; its record is written with the next commit."""
+        self._appended += 1
+        self._dirty[group.id] = group
+        unused, available = group.steps.count(UNUSED), len(group.available)
+        self.unused += unused - group.counted[0]
+        self.available += available - group.counted[1]
+        group.counted = (unused, available)
+        if available:
+            self._open[group.id] = group
+        else:
+            self._open.pop(group.id, None)
+        if not unused:
+            self._waiting.pop(group.id, None)
+        if group.opened or not unused:
+            self._closed.get(group.version, {}).pop(group.id, None)
+            if not self._closed.get(group.version, True):
+                del self._closed[group.version]
 
     def _count(self, **increments: int) -> None:
         changed = {name: getattr(self.run, name) + by for name, by in increments.items()}
@@ -258,8 +398,9 @@ class Ledger:
         self._appended += 1
         self._writes[key] = records.encode(record)
 
-    def _put_group(self, group: Group) -> None:
-        self._put(records.group_key(group.id), GroupRecord(group.id, group.version, list(group.states), group.step))
+    def _delete(self, key: bytes) -> None:
+        self._appended += 1
+        self._writes[key] = None
 
     def _payloads(self, group_id: int) -> list[RolloutResult]:
         found: list[RolloutResult] = []
@@ -275,12 +416,16 @@ class Ledger:
             if task_value is None:
                 raise LedgerCorrupt(f"group {record.group_id} has no task record")
             task = records.decode(task_key, task_value, Task)
-            group = Group(record.group_id, task, record.version, [State(s) for s in record.states], step=record.step)
+            states_ = [State(state) for state in record.states]
+            group = Group(record.group_id, task, record.version, states_, record.steps, record.baseline)
             if not group.over:
                 group.results = {result.member: result for result in self._payloads(group.id)}
-            self.groups[group.id] = group
-            if group.step < 0:
-                self._waiting[group.id] = group
+            for segment_key, segment_value in self._store.scan(records.segment_prefix(group.id)):
+                segment = records.decode(segment_key, segment_value, Segment)
+                group.segments.setdefault(segment.member, []).append(segment)
+            self.groups[group.id] = self._waiting[group.id] = group
+            self._closed.setdefault(group.version, {})[group.id] = group
+            self._changed(group)
             for state in group.states:
                 if not state.terminal:
                     self.live[state] += 1
@@ -299,3 +444,11 @@ class Ledger:
 def load_run(store: Reader) -> RunRecord:
     value = store.get(records.RUN)
     return RunRecord() if value is None else records.decode(records.RUN, value, RunRecord)
+
+
+def _nobody_listens(group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:
+    """The default of `on_end`."""
+
+
+def _segment_key(segment: Segment) -> bytes:
+    return records.segment_key(segment.group_id, segment.member, segment.call, segment.start)

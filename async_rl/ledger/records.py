@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from async_rl.errors import LedgerCorrupt
-from async_rl.wire.messages import RolloutResult, Task, TerminalEvent
+from async_rl.wire.messages import RolloutResult, Segment, Task, TerminalEvent
 
 T = TypeVar("T")
 
@@ -36,22 +36,25 @@ class RunRecord(msgspec.Struct, frozen=True):
 
 
 class GroupRecord(msgspec.Struct, frozen=True):
-    """A group that is not over yet."""
+    """A group of which something may still be needed."""
 
     group_id: int
     version: int
     """Learner version at admission."""
     states: list[int]
     """[G] State of each member"""
-    step: int = -1
-    """The step it was composed into."""
+    steps: list[int]
+    """[G] the step whose batch used the member's slot; -1: none yet, -2: its credit was returned."""
+    baseline: dict[int, float] = {}
+    """member -> reward of those that had ended when the group was opened to training; empty: it is not open."""
 
 
 class StepRecord(msgspec.Struct, frozen=True):
     """The composition of one step, committed before the learner gets it."""
 
     step: int
-    groups: list[int]
+    parts: list[tuple[int, list[int]]]
+    """(group, members of it that are trained on); the other members are in other steps, or ended otherwise."""
     weighted_tokens: int
     """Sampled tokens within the staleness bound."""
     stale_tokens: int
@@ -89,6 +92,14 @@ def payload_prefix(group_id: int) -> bytes:
     return b"payload/%016x/" % group_id
 
 
+def segment_key(group_id: int, member: int, call: int, start: int) -> bytes:
+    return b"segment/%016x/%04x/%04x/%08x" % (group_id, member, call, start)
+
+
+def segment_prefix(group_id: int) -> bytes:
+    return b"segment/%016x/" % group_id
+
+
 def step_key(step: int) -> bytes:
     return b"step/%016x" % step
 
@@ -100,7 +111,7 @@ def event_key(number: int) -> bytes:
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[object, msgspec.msgpack.Decoder[object]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (RunRecord, GroupRecord, StepRecord, EventRecord, Task, list[RolloutResult])
+    for kind in (RunRecord, GroupRecord, StepRecord, EventRecord, Task, Segment, list[RolloutResult])
 }
 
 

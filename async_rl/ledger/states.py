@@ -4,9 +4,10 @@
                      |          |        |
                      +----------+--------+--> filtered | failed | cancelled
 
-running: leased, or waiting for a lease. scored: its result is on disk, its group is not complete. ready: its group is
-complete and waits for a step. composed: part of a committed step. The other four are terminal: exactly one of them
-ends every admitted rollout. (A lease that expires does not change the state: the rollout is leased again.)
+running: leased, or waiting for a lease. scored: its result is on disk, its group is not open to training yet. ready:
+its group is open (complete, or opened before for those that are there) and it waits for a step. composed: part of a
+committed step. The other four are terminal: exactly one of them ends every admitted rollout. (A lease that expires does
+not change the state: the rollout is leased again.)
 """
 
 from __future__ import annotations

@@ -12,91 +12,39 @@ import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from async_rl.engines.protocol import Chunk, Engine, Request
-from async_rl.engines.sampling import rollout_key
-from async_rl.environments.api import Environment, Message, Reward
-from async_rl.rollout.recorder import Recorder
+from async_rl.engines.protocol import Chunk, Engine, Request, Swap
+from async_rl.environments.api import Environment, Reward
+from async_rl.rollout.policy import RecordedPolicy, Text
+from async_rl.rollout.progress import NoProgress, progress_timeout
 from async_rl.telemetry.activity import Tracker
-from async_rl.wire.messages import Failed, Finished, FinishReason, GroupLease, RolloutResult, WeightsId
+from async_rl.wire.messages import Failed, Finished, GroupLease, RolloutResult, Segment, WeightsId
 
 MAX_TRACEBACK_CHARACTERS = 20_000
 NO_WEIGHTS = WeightsId(0, -1)
 
 
-class Text(Protocol):
-    """The tokenizer, as far as rollouts need it (models.text for real models)."""
-
-    stop_tokens: frozenset[int]
-
-    def encode(self, text: str) -> tuple[int, ...]: ...
-
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
+def _nowhere(segments: list[Segment]) -> None:
+    """Nothing outlives this process."""
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedReply:
-    """What a call returned; the text is decoded when it is read."""
+class _Waiting:
+    """A request that is with the engine."""
 
-    decoder: Text
-    tokens: list[int]
-    finish_reason: FinishReason
-
-    @property
-    def text(self) -> str:
-        return self.decoder.decode(self.tokens)
-
-
-class RecordedPolicy:
-    """The policy of one episode."""
-
-    __slots__ = ("_host", "_key", "_lease", "recorder", "request_id")
-
-    def __init__(self, host: EpisodeHost, lease: GroupLease, member: int) -> None:
-        self._host, self._lease = host, lease
-        self._key = rollout_key(lease.sampling.seed, lease.group_id << 16 | member)
-        self.recorder = Recorder()
-        self.request_id: int | None = None
-        """Of the call that is with the engine now."""
-
-    async def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None) -> RecordedReply:
-        return await self._call(self._host.text.encode_chat(messages), max_new_tokens)
-
-    async def complete(self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None) -> RecordedReply:
-        tokens = self._host.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        return await self._call(tokens, max_new_tokens)
-
-    async def _call(self, prompt: tuple[int, ...], max_new_tokens: int | None) -> RecordedReply:
-        sampling, host, recorder = self._lease.sampling, self._host, self.recorder
-        recorder.call(prompt)
-        self.request_id = host.next_request_id()
-        request = Request(
-            id=self.request_id,
-            prompt=prompt,
-            max_new_tokens=min(sampling.max_new_tokens, max_new_tokens or sampling.max_new_tokens),
-            key=self._key,
-            temperature=sampling.temperature,
-            position=recorder.num_sampled,
-            stop=host.text.stop_tokens,
-        )
-        tokens: list[int] = []
-        for chunk in await host.ask(request):
-            recorder.sampled(chunk)
-            tokens += chunk.tokens.tolist()
-        self.request_id = None
-        return RecordedReply(host.text, tokens, recorder.finish_reason)
+    policy: RecordedPolicy
+    done: asyncio.Future[None]
 
 
 class EpisodeHost:
-    """Call `run` on the host's loop and the other methods from there too, except `deliver_threadsafe`.
+    """Call `run` on the host's loop and the other methods from there too, except `deliver_threadsafe` and
+    `in_environment`.
 
     Args:
         started: called on the host's loop when it takes calls.
         report: gets the Finished and Failed messages of one turn of the loop, on the host's loop.
-        timeout_s: an episode that takes longer is failed.
+        persist: gets the segments of one turn of the loop, before `report` gets what ended in it.
+        timeout_s: an episode without progress for so long is failed.
     """
 
     def __init__(
@@ -109,6 +57,7 @@ class EpisodeHost:
         started: Callable[[], None],
         report: Callable[[list[Finished | Failed]], None],
         clock: Callable[[], float],
+        persist: Callable[[list[Segment]], None] = _nowhere,
     ) -> None:
         self.text = text
         self.tracker = Tracker("wait_lease", clock=clock)
@@ -116,11 +65,14 @@ class EpisodeHost:
         the engine. wait_weights: leases wait for newer weights. wait_lease: nothing to do, admission is closed."""
         self.sampled_tokens = 0
         self._environment, self._engine = environment, engine
-        self._timeout_s, self._started, self._report = timeout_s, started, report
+        self._timeout_s, self._started, self._report, self._persist = timeout_s, started, report, persist
         self._episodes: dict[tuple[int, int], tuple[asyncio.Task[None], RecordedPolicy]] = {}
-        self._calls: dict[int, tuple[asyncio.Future[list[Chunk]], list[Chunk]]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._submitted: list[Request] = []
+        self._delivered = 0
+        """Chunks of the engine so far."""
         self._ended: dict[int, tuple[GroupLease, list[RolloutResult], list[Failed]]] = {}
+        self._segments: list[Segment] = []
         self._held = False
         self._request_id = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -144,17 +96,16 @@ class EpisodeHost:
         for lease in leases:
             for member in lease.members:
                 policy = RecordedPolicy(self, lease, member)
-                task = self._tasks.create_task(self._episode(lease, member, policy))
+                name = f"rollout {lease.group_id}/{member}"
+                task = self._tasks.create_task(self._episode(policy), name=name)
                 self._episodes[lease.group_id, member] = (task, policy)
         self._attribute()
 
     def cancel(self, group_id: int, members: Sequence[int]) -> None:
         """Stop these members without a report; the engine lets go of their requests."""
         stopped = [self._episodes.pop(key) for m in members if (key := (group_id, m)) in self._episodes]
-        self._engine.cancel([policy.request_id for _, policy in stopped if policy.request_id is not None])
-        for task, policy in stopped:
-            if policy.request_id is not None:
-                self._calls.pop(policy.request_id, None)
+        self._withdraw([policy.request_id for _, policy in stopped if policy.request_id is not None])
+        for task, _ in stopped:
             task.cancel()
         self._attribute()
 
@@ -163,18 +114,66 @@ class EpisodeHost:
         self._held = waiting
         self._attribute()
 
+    def positions(self, swap: Swap) -> list[tuple[int, int, int]]:
+        """(group id, member, tokens sampled in the episode when these weights went live) of every training rollout
+        that had any and has not ended since. However late it is asked, it answers for the moment of the swap."""
+        policies = [policy for _, policy in self._episodes.values() if policy.lease.purpose == "train"]
+        sampled = [(policy.lease.group_id, policy.member, policy.sampled_at(swap)) for policy in policies]
+        return [position for position in sampled if position[2] > 0]
+
+    def in_environment(self) -> list[str]:
+        """The rollouts that may be blocking the host's loop, as `group/member`. Called from another thread, while the
+        loop does not answer: the one whose code runs, if that is known."""
+        running = asyncio.current_task(self.loop)
+        inside = [
+            (task, f"{group_id}/{member}")
+            for (group_id, member), (task, policy) in list(self._episodes.items())
+            if policy.request_id is None
+        ]
+        return [name for task, name in inside if task is running] or [name for _, name in inside]
+
+    # --- for the policies -------------------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        return self._engine.capabilities.max_length
+
+    def time(self) -> float:
+        return self.loop.time()
+
+    def stepped_at(self) -> float:
+        return self._engine.stepped_at
+
     def next_request_id(self) -> int:
         self._request_id += 1
         return self._request_id
 
-    def ask(self, request: Request) -> asyncio.Future[list[Chunk]]:
-        """The chunks of a request, complete. Requests of one turn of the loop are submitted together."""
+    def ask(self, request: Request, policy: RecordedPolicy) -> asyncio.Future[None]:
+        """Requests of one turn of the loop are submitted together."""
         if not self._submitted:
             self.loop.call_soon(self._submit)
         self._submitted.append(request)
-        done: asyncio.Future[list[Chunk]] = self.loop.create_future()
-        self._calls[request.id] = (done, [])
+        done: asyncio.Future[None] = self.loop.create_future()
+        self._waiting[request.id] = _Waiting(policy, done)
         return done
+
+    def withdraw(self, request_id: int) -> None:
+        self._withdraw([request_id])
+
+    def persist(self, segment: Segment) -> None:
+        self._flush_soon()
+        self._segments.append(segment)
+
+    def runs(self, policy: RecordedPolicy) -> bool:
+        episode = self._episodes.get((policy.lease.group_id, policy.member))
+        return episode is not None and episode[1] is policy
+
+    def leave(self, policy: RecordedPolicy) -> None:
+        task, _ = self._episodes.pop((policy.lease.group_id, policy.member))
+        task.cancel()
+        self._attribute()
+
+    # --- the engine -------------------------------------------------------------------------------------------
 
     def deliver_threadsafe(self, chunks: Sequence[Chunk]) -> None:
         """The engine's callback, from whatever thread."""
@@ -183,19 +182,21 @@ class EpisodeHost:
 
     def deliver(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
+            self._delivered += 1
             self.sampled_tokens += len(chunk.tokens)
-            call = self._calls.get(chunk.request_id)
-            if call is None:
+            waiting = self._waiting.get(chunk.request_id)
+            if waiting is None:
                 continue  # cancelled meanwhile
-            call[1].append(chunk)
+            waiting.policy.receive(chunk, self._delivered)
             if chunk.finish_reason is not None:
-                del self._calls[chunk.request_id]
-                if not call[0].done():
-                    call[0].set_result(call[1])
+                del self._waiting[chunk.request_id]
+                if not waiting.done.done():
+                    waiting.done.set_result(None)
         self._attribute()
 
     def _submit(self) -> None:
-        requests, self._submitted = self._submitted, []
+        requests = [request for request in self._submitted if request.id in self._waiting]
+        self._submitted = []
         try:
             self._engine.submit(requests)
         except ValueError:  # one of them is impossible: find it, and let the others through
@@ -203,60 +204,75 @@ class EpisodeHost:
                 try:
                     self._engine.submit([request])
                 except ValueError as error:
-                    done, _ = self._calls.pop(request.id)
-                    done.set_exception(error)
+                    self._waiting.pop(request.id).done.set_exception(error)
         self._attribute()
 
-    async def _episode(self, lease: GroupLease, member: int, policy: RecordedPolicy) -> None:
+    def _withdraw(self, request_ids: Sequence[int]) -> None:
+        known = [request_id for request_id in request_ids if self._waiting.pop(request_id, None) is not None]
+        if known:
+            self._engine.cancel(known)
+            self._attribute()
+
+    # --- episodes ---------------------------------------------------------------------------------------------
+
+    async def _episode(self, policy: RecordedPolicy) -> None:
+        lease, member = policy.lease, policy.member
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with progress_timeout(self._timeout_s, policy):
                 reward = Reward.of(await self._environment.episode(lease.task, policy))
             sequences = policy.recorder.sequences()
             if not sequences:
                 raise ValueError("the episode ended without asking the policy: nothing to train on")
         except asyncio.CancelledError:
             return
-        except TimeoutError:
-            self._fail(lease, member, policy, f"took longer than environment.timeout_s = {self._timeout_s}", "")
+        except NoProgress as stage:
+            reason = f"no progress for environment.timeout_s = {self._timeout_s:g} s (stage: {stage})"
+            self._fail(policy, reason, "")
         except Exception as error:  # user code may raise anything; it becomes a typed event here
             trace = traceback.format_exc()[-MAX_TRACEBACK_CHARACTERS:]
-            self._fail(lease, member, policy, f"{type(error).__name__}: {error}", trace)
+            self._fail(policy, f"{type(error).__name__}: {error}", trace)
         else:
-            result = RolloutResult(
-                member,
-                sequences,
-                reward.value,
-                dict(reward.parts),
-                dict(reward.metrics),
-                policy.recorder.finish_reason,
-            )
-            self._end(lease, member)[1].append(result)
+            parts, metrics = dict(reward.parts), dict(reward.metrics)
+            reason = policy.recorder.finish_reason
+            self._end(policy, RolloutResult(member, sequences, reward.value, parts, metrics, reason))
 
-    def _fail(self, lease: GroupLease, member: int, policy: RecordedPolicy, reason: str, trace: str) -> None:
-        if policy.request_id is not None:
-            self._calls.pop(policy.request_id, None)
-            self._engine.cancel([policy.request_id])
-        self._end(lease, member)[2].append(Failed(lease.group_id, lease.purpose, member, reason, trace))
+    def _fail(self, policy: RecordedPolicy, reason: str, trace: str) -> None:
+        lease = policy.lease
+        self._end(policy, Failed(lease.group_id, lease.purpose, policy.member, reason, trace))
 
-    def _end(self, lease: GroupLease, member: int) -> tuple[GroupLease, list[RolloutResult], list[Failed]]:
-        self._episodes.pop((lease.group_id, member), None)
-        if not self._ended:
+    def _end(self, policy: RecordedPolicy, outcome: RolloutResult | Failed) -> None:
+        lease = policy.lease
+        if not self.runs(policy):
+            return  # it was cancelled or yielded, and user code went on regardless
+        del self._episodes[lease.group_id, policy.member]
+        self._flush_soon()
+        _, results, failures = self._ended.setdefault(lease.group_id, (lease, [], []))
+        if isinstance(outcome, Failed):
+            failures.append(outcome)
+        else:
+            results.append(outcome)
+
+    def _flush_soon(self) -> None:
+        if not self._ended and not self._segments:
             self.loop.call_soon(self._flush)
-        return self._ended.setdefault(lease.group_id, (lease, [], []))
 
     def _flush(self) -> None:
+        segments, self._segments = self._segments, []
         ended, self._ended = self._ended, {}
+        if segments:
+            self._persist(segments)
         weights = self._engine.weights or NO_WEIGHTS
         messages: list[Finished | Failed] = []
         for group_id, (lease, results, failures) in ended.items():
             if results:
                 messages.append(Finished(group_id, lease.purpose, results, weights))
             messages += failures
-        self._report(messages)
+        if messages:
+            self._report(messages)
         self._attribute()
 
     def _attribute(self) -> None:
-        if self._calls:
+        if self._waiting:
             cause = "hand_over"
         elif self._episodes:
             cause = "environment"

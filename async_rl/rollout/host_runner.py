@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 from async_rl.rollout.host import EpisodeHost
@@ -19,6 +20,8 @@ async def on_thread(host: EpisodeHost) -> None:
     ended: asyncio.Future[None] = loop.create_future()
 
     def settle(error: BaseException | None) -> None:
+        if ended.done():
+            return  # nobody waits any more
         if error is None:
             ended.set_result(None)
         else:
@@ -30,7 +33,8 @@ async def on_thread(host: EpisodeHost) -> None:
             asyncio.run(host.run())
         except BaseException as caught:  # raised again where the caller awaits
             error = caught
-        loop.call_soon_threadsafe(settle, error)
+        with contextlib.suppress(RuntimeError):  # the caller gave up on a blocked host, and its loop is closed
+            loop.call_soon_threadsafe(settle, error)
 
     threading.Thread(target=main, name="environment", daemon=True).start()
     await ended

@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
-from async_rl.engines.protocol import Engine, Snapshot
+import msgspec
+
+from async_rl.engines.protocol import Engine, Snapshot, Swap
 from async_rl.environments.api import Environment
-from async_rl.errors import ProtocolError
-from async_rl.rollout.host import EpisodeHost, Text
+from async_rl.errors import AsyncRLError, ProtocolError
+from async_rl.rollout.host import EpisodeHost
+from async_rl.rollout.policy import Text
 from async_rl.telemetry.activity import process_cpu_s
 from async_rl.weights.errors import WeightsError, WeightsGone
 from async_rl.wire.messages import (
@@ -28,11 +31,14 @@ from async_rl.wire.messages import (
     Hello,
     HelloAck,
     Lease,
+    Positions,
+    Segment,
     Shutdown,
     ToGenerator,
     WeightGroup,
     WeightsAnnounce,
     WeightsFailed,
+    WeightsId,
     WeightsLive,
 )
 from async_rl.wire.transport import Client
@@ -41,6 +47,10 @@ RESEND_AFTER_S = 5.0
 """A result that was not acknowledged for so long is sent again."""
 
 log = logging.getLogger(__name__)
+
+
+class HostBlocked(AsyncRLError):
+    """Code of the environment blocks the host's loop; only a new process gets rid of it."""
 
 
 class WeightsReceiver(Protocol):
@@ -62,8 +72,13 @@ class HostRunner(Protocol):
 class RolloutWorker:
     """`await run()` until the controller says Shutdown.
 
+    What goes out keeps its order: the segments of a rollout before its Finished, WeightsLive before its Positions.
+    Segments and positions are sent once; results until they are acknowledged.
+
     Args:
         credit: rollouts this generator holds at most, running or queued.
+        timeout_s: an episode without progress for so long is failed; a host that does not answer for so long ends
+            this process.
         run_host: how the host runs; returns when it is closed, raises what it raises.
     """
 
@@ -90,13 +105,20 @@ class RolloutWorker:
             timeout_s=timeout_s,
             started=self._host_is_up,
             report=self._report_threadsafe,
+            persist=self._persist_threadsafe,
             clock=self._loop.time,
         )
+        self._timeout_s = timeout_s
         self._host_started = asyncio.Event()
+        self._unanswered = 0
+        """Heartbeats since the host's loop answered."""
         self._held: list[GroupLease] = []
         """Leases that wait for newer weights."""
+        self._members: set[tuple[int, int]] = set()
+        """(group id, member) of every rollout that was leased and has not ended."""
         self._unacked: dict[tuple[int, int], tuple[float, Finished | Failed]] = {}
         self._ended = 0
+        """Rollouts that were finished, failed, cancelled or yielded."""
         self._newest: WeightsAnnounce | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._welcomed: asyncio.Future[float] = self._loop.create_future()
@@ -104,10 +126,23 @@ class RolloutWorker:
         self.shutdown: Shutdown | None = None
 
     async def run(self) -> Shutdown:
-        """Returns why it ended. Raises what the engine, the host or the wire raise."""
+        """Returns why it ended; `restart` is set where only a new process can go on. Raises what the engine, the host
+        or the wire raise."""
         self._engine.start(self.host.deliver_threadsafe)
         self._transport.send(Hello("generator", self._name, os.getpid(), weights=self._engine.weights))
         self._send_credit()
+        try:
+            await self._run()
+        except* HostBlocked as group:
+            reason = str(group.exceptions[0])
+            log.error("%s", reason)
+            self.host_call(self.host.close)  # should it ever wake up
+            self.shutdown = Shutdown(reason, restart=True)
+        await self._engine.stop()
+        assert self.shutdown is not None
+        return self.shutdown
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as self._tasks:
             host = self._tasks.create_task(self._host(), name="episode host")
             self._in_background(self._beat())
@@ -117,9 +152,6 @@ class RolloutWorker:
             await host
             for task in self._background:
                 task.cancel()
-        await self._engine.stop()
-        assert self.shutdown is not None
-        return self.shutdown
 
     def activity(self) -> Activity:
         """Causes of the host; within the time that requests spend away from it, the steps of the engine."""
@@ -131,6 +163,11 @@ class RolloutWorker:
         """Call a method of the host on the host's loop."""
         with contextlib.suppress(RuntimeError):  # its loop is closed: it runs nothing any more
             self.host.loop.call_soon_threadsafe(method, *args)
+
+    def _from_host(self, method: Callable[..., None], *args: object) -> None:
+        """Call a method of ours from the host's loop."""
+        with contextlib.suppress(RuntimeError):  # we gave up on the host, and our loop is closed
+            self._loop.call_soon_threadsafe(method, *args)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks.create_task(work)
@@ -149,15 +186,18 @@ class RolloutWorker:
     def _handle(self, message: ToGenerator) -> None:
         match message:
             case Lease(groups):
+                self._members |= {(lease.group_id, member) for lease in groups for member in lease.members}
                 self._held += groups
                 self._release()
             case Ack(group_id, members):
                 for member in members:
                     self._unacked.pop((group_id, member), None)
             case Cancel(group_id, members):
-                self._held = [lease for lease in self._held if lease.group_id != group_id]
-                self._ended += len(members)
+                self._held = [left for lease in self._held if (left := _without(lease, group_id, members)).members]
+                for member in members:
+                    self._unacked.pop((group_id, member), None)
                 self.host_call(self.host.cancel, group_id, members)
+                self._end(group_id, members)
                 self._send_credit()
             case WeightsAnnounce():
                 self._newest = message
@@ -189,15 +229,20 @@ class RolloutWorker:
         if announce.transport == "shared_memory" and announce is not self._newest:
             return  # a file can be skipped; a broadcast has to be joined
         try:
-            stall_s = await self._engine.load_weights(await self._receiver.fetch(announce))
+            swap = await self._engine.load_weights(await self._receiver.fetch(announce))
         except WeightsGone:
             return  # newer ones are on their way
         except (WeightsError, ValueError) as error:
             log.warning("weights %s did not arrive: %s", announce.weights, error)
             self._transport.send(WeightsFailed(announce.weights, str(error)))
             return
-        self._transport.send(WeightsLive(announce.weights, stall_s))
+        self._transport.send(WeightsLive(announce.weights, swap.stall_s))
+        self.host_call(self._tell_positions, announce.weights, swap)
         self._release()
+
+    def _tell_positions(self, weights: WeightsId, swap: Swap) -> None:
+        """On the host's loop."""
+        self._from_host(self._transport.send, Positions(weights, self.host.positions(swap)))
 
     async def _regroup(self, group: WeightGroup) -> None:
         try:
@@ -213,6 +258,23 @@ class RolloutWorker:
             overdue = self._loop.time() - RESEND_AFTER_S
             late = {id(m): m for sent, m in self._unacked.values() if sent < overdue}
             self._send_results(list(late.values()))
+            self._ping_host(interval)
+
+    def _ping_host(self, interval: float) -> None:
+        """Time is counted in heartbeats of this process, so that a pause of all of it is not the host's silence."""
+        if self._unanswered == 0:
+            self.host_call(self._host_answers)
+        elif self._unanswered * interval >= self._timeout_s:
+            raise HostBlocked(
+                f"the environment has blocked its event loop for environment.timeout_s = {self._timeout_s:g} s, so "
+                f"this generator starts again; inside were rollouts {', '.join(self.host.in_environment()) or 'none'}; "
+                "slow code that does not await belongs into asyncio.to_thread"
+            )
+        self._unanswered += 1
+
+    def _host_answers(self) -> None:
+        """On the host's loop."""
+        self._unanswered = 0
 
     def _send_heartbeat(self) -> None:
         self._transport.send(Heartbeat(self.activity(), self._engine.weights))
@@ -221,14 +283,40 @@ class RolloutWorker:
         self._transport.send(Credit(self._credit + self._ended))
 
     def _host_is_up(self) -> None:
-        self._loop.call_soon_threadsafe(self._host_started.set)
+        self._from_host(self._host_started.set)
 
     def _report_threadsafe(self, messages: list[Finished | Failed]) -> None:
-        self._loop.call_soon_threadsafe(self._report, messages)
+        self._from_host(self._report, messages)
+
+    def _persist_threadsafe(self, segments: list[Segment]) -> None:
+        self._from_host(self._send_segments, segments)
+
+    def _send_segments(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            self._transport.send(segment)
+            if segment.yielded:
+                self._end(segment.group_id, [segment.member])
+        if any(segment.yielded for segment in segments):
+            self._send_credit()
+
+    def _still_leased(self, message: Finished | Failed) -> Finished | Failed | None:
+        """The message less what was cancelled while it came from the host."""
+        if isinstance(message, Failed):
+            return message if (message.group_id, message.member) in self._members else None
+        results = [result for result in message.members if (message.group_id, result.member) in self._members]
+        return msgspec.structs.replace(message, members=results) if results else None
+
+    def _end(self, group_id: int, members: Iterable[int]) -> None:
+        """These rollouts need no place here any more. Ends that cross on the wire count once."""
+        ended = self._members & {(group_id, member) for member in members}
+        self._members -= ended
+        self._ended += len(ended)
 
     def _report(self, messages: list[Finished | Failed]) -> None:
-        self._ended += sum(len(_members(message)) for message in messages)
-        self._send_results(messages)
+        leased = [left for message in messages if (left := self._still_leased(message))]
+        for message in leased:
+            self._end(message.group_id, _members(message))
+        self._send_results(leased)
         self._send_heartbeat()
         self._send_credit()
 
@@ -237,6 +325,13 @@ class RolloutWorker:
             for member in _members(message):
                 self._unacked[message.group_id, member] = (self._loop.time(), message)
             self._transport.send(message)
+
+
+def _without(lease: GroupLease, group_id: int, members: Sequence[int]) -> GroupLease:
+    """The lease, less these members if it is of that group."""
+    if lease.group_id != group_id:
+        return lease
+    return msgspec.structs.replace(lease, members=[member for member in lease.members if member not in members])
 
 
 def _members(message: Finished | Failed) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from async_rl.simulate.records import StepDigest, digest
+from async_rl.telemetry.activity import Tracker
 from async_rl.wire.messages import (
     Activity,
     BatchRequest,
@@ -26,7 +28,16 @@ from async_rl.wire.transport import Client
 class FakeLearner:
     """Speaks the protocol of learner.service; a step takes `step_time(batch)` seconds of the loop's clock.
 
-    `batches` keeps what it trained on, for tests and figures.
+    Args:
+        request_at: share of a step's time after which it asks for the next batch; the real learner asks when its last
+            micro-batch begins.
+        joined: a step counts as done, and its weights are published, only when the next batch is there: generation and
+            training are joined at every step, as one-step-off trainers do.
+        checkpoint_every: steps between two checkpoints; 0 = only at the end.
+        keep: hold the batches themselves in `batches`, for tests.
+        on_step: called with the step when it is done.
+
+    `steps` has a digest of every batch.
     """
 
     def __init__(
@@ -36,17 +47,27 @@ class FakeLearner:
         steps: int,
         step_time: Callable[[MicroBatches], float],
         version: int = 0,
+        request_at: float = 0.0,
+        joined: bool = False,
+        checkpoint_every: int = 0,
+        keep: bool = True,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.batches: list[MicroBatches] = []
+        self.steps: list[StepDigest] = []
         self.version = version
-        self._transport, self._steps, self._step_time = transport, steps, step_time
+        self._loop = asyncio.get_running_loop()
+        self.tracker = Tracker("wait_batch", clock=self._loop.time)
+        self._transport, self._num_steps, self._step_time = transport, steps, step_time
+        self._request_at, self._joined, self._checkpoint_every, self._keep = request_at, joined, checkpoint_every, keep
+        self._on_step = on_step
         self._lineage = 0
-        self._trained_s = 0.0
+        self._tokens = 0
 
     async def run(self) -> None:
         """Until Shutdown."""
         self._transport.send(Hello("learner", "learner", 0, weights=WeightsId(0, self.version)))
-        queue: asyncio.Queue[MicroBatches] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[MicroBatches, StepDigest]] = asyncio.Queue()
         async with asyncio.TaskGroup() as tasks:
             training = tasks.create_task(self._train(queue))
             ended = False
@@ -58,7 +79,7 @@ class FakeLearner:
                             self._announce()
                             self._request(self.version)
                         case MicroBatches():
-                            queue.put_nowait(message)
+                            queue.put_nowait((message, digest(message, self._loop.time())))
                         case Heartbeat():
                             self._transport.send(Heartbeat(self._activity()))
                         case Shutdown(checkpoint=checkpoint):
@@ -69,30 +90,48 @@ class FakeLearner:
                             pass
             training.cancel()
 
-    async def _train(self, queue: asyncio.Queue[MicroBatches]) -> None:
+    async def _train(self, queue: asyncio.Queue[tuple[MicroBatches, StepDigest]]) -> None:
+        upcoming: tuple[MicroBatches, StepDigest] | None = None
         while True:
-            batch = await queue.get()
-            self._request(batch.step + 1)
+            batch, seen = upcoming or await queue.get()
+            upcoming = None
+            self.tracker.switch("train_step")
+            seen.began_at = self._loop.time()
             seconds = self._step_time(batch)
-            await asyncio.sleep(seconds)
-            self._trained_s += seconds
-            self.version += 1
+            if self._request_at > 0:
+                await asyncio.sleep(seconds * self._request_at)
+            self._request(batch.step + 1)
+            await asyncio.sleep(seconds * (1 - self._request_at))
+            self.tracker.switch("wait_batch")
+            if self._joined and batch.step + 1 < self._num_steps:
+                upcoming = await queue.get()
+            self._done(batch, seen)
+
+    def _done(self, batch: MicroBatches, seen: StepDigest) -> None:
+        self.version += 1
+        self._tokens += seen.tokens
+        if self._keep:
             self.batches.append(batch)
-            self._announce()
-            metrics = {
-                "reward": sum(rollout.reward for rollout in batch.rollouts) / len(batch.rollouts),
-                "samples": float(len(batch.rollouts)),
-            }
-            weights = WeightsId(self._lineage, self.version)
-            self._transport.send(StepDone(batch.step, weights, metrics, self._activity()))
+        self.steps.append(seen)
+        seen.done_at = self._loop.time()
+        self._announce()
+        metrics = {
+            "reward": sum(rollout.reward for rollout in batch.rollouts) / len(batch.rollouts),
+            "samples": float(len(batch.rollouts)),
+        }
+        weights = WeightsId(self._lineage, self.version)
+        self._transport.send(StepDone(batch.step, weights, metrics, self._activity()))
+        if self._checkpoint_every and self.version % self._checkpoint_every == 0:
+            self._transport.send(CheckpointSaved(self.version, ""))
+        if self._on_step is not None:
+            self._on_step(batch.step)
 
     def _announce(self) -> None:
         self._transport.send(WeightsAnnounce(WeightsId(self._lineage, self.version), "shared_memory"))
 
     def _request(self, step: int) -> None:
-        if step < self._steps:
+        if step < self._num_steps:
             self._transport.send(BatchRequest(step))
 
     def _activity(self) -> Activity:
-        now = asyncio.get_running_loop().time()
-        return Activity(now, {"train_step": self._trained_s, "wait_batch": now - self._trained_s}, 0.0)
+        return Activity(self._loop.time(), self.tracker.seconds(), 0.0, self._tokens)

@@ -18,6 +18,7 @@ from async_rl import config
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.models.loading import load_config
+from async_rl.models.precision import settle
 from async_rl.telemetry.run_directory import RunDirectory
 
 
@@ -60,7 +61,7 @@ def choose(
     folder = Path()
     if recipe is not None:
         table, folder = _read_toml(recipe), recipe.parent
-    run = _with_weights(table, weights, overrides, folder)
+    run = settle(_with_weights(table, weights, overrides, folder))
     load_config(run.model)
     return Target(name, run, version)
 

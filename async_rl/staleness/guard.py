@@ -52,11 +52,19 @@ class LagHistogram:
         return {"mean": mean, "p95": p95, "max": self.max_weighted_lag, "tokens": by_lag}
 
 
+def tokens_by_version(result: RolloutResult) -> Counter[int]:
+    """version -> sampled tokens of a rollout"""
+    tokens: Counter[int] = Counter()
+    for sequence in result.sequences:
+        for span in sequence.spans:
+            tokens[span.version] += span.end - span.start
+    return tokens
+
+
 def measure(results: Iterable[RolloutResult], *, version: int, max_staleness: int) -> LagHistogram:
     """`version` is the one the step starts from. Tokens of an abandoned, later lineage count as lag 0."""
     tokens: Counter[int] = Counter()
     for result in results:
-        for sequence in result.sequences:
-            for span in sequence.spans:
-                tokens[max(0, version - span.version)] += span.end - span.start
+        for sampled, count in tokens_by_version(result).items():
+            tokens[max(0, version - sampled)] += count
     return LagHistogram(max_staleness, tokens)

@@ -124,6 +124,8 @@ class _Book:
     alive: dict[int, GroupRecord]
     steps: dict[int, StepRecord]
     step_of: dict[int, int]
+    """group -> the first step that holds any of it"""
+    step_of_member: dict[tuple[int, int], int]
     ended: dict[int, dict[int, EventRecord]]
     """group -> member -> how it ended"""
     readable: list[int]
@@ -143,7 +145,8 @@ class _Book:
             run=run,
             alive={group.group_id: group for group in groups},
             steps={step.step: step for step in steps},
-            step_of={group: step.step for step in steps for group in step.groups},
+            step_of={group: step.step for step in reversed(steps) for group, _ in step.parts},
+            step_of_member={(group, m): step.step for step in steps for group, members in step.parts for m in members},
             ended=ended,
             readable=sorted(payloads),
         )
@@ -207,7 +210,7 @@ def _step(store: Snapshot, run: Run, number: int) -> StepPage:
     if record is None:
         there = f"this run has steps {ranges(book.steps)}" if book.steps else "this run has not composed a step yet"
         raise UserError(f"--step {number}: {there}")
-    found = {group: _results(store, group) for group in record.groups}
+    found = {group: [r for r in _results(store, group) if r.member in members] for group, members in record.parts}
     if not any(found.values()):
         raise UserError(f"--step {number}: its tokens are gone; {book.what_there_is(run)}")
     return StepPage(
@@ -261,7 +264,7 @@ def _group(directory: RunDirectory, store: Snapshot, run: Run, group: int, membe
         version=version,
         max_staleness=bound,
         members=[
-            _rollout(results[one], decode, state, version, bound)
+            _rollout(results[one], decode, state, book.step_of_member.get((group, one), version), bound)
             if one in results
             else Rollout(one, state, reason, tracebacks.get((group, one), ""))
             for one, (state, reason) in sorted(members.items())

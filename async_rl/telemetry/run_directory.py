@@ -10,13 +10,15 @@ lock              who is at work here            admin.json     where the admin 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import signal
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,9 +127,10 @@ class RunDirectory:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        handle.flush()
+        with _room(self.lock):
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} (started by {os.getppid()}) on {os.uname().nodename}\n")
+            handle.flush()
         return handle
 
 
@@ -137,6 +140,8 @@ class DirectoryJournal:
     def __init__(self, directory: RunDirectory, tell: Tell, exporters: Sequence[Exporter] = ()) -> None:
         """tell: called with (kind, data) for whoever watches: "step", "evaluation", "pulse", "summary", "say"."""
         self._directory, self._tell, self._exporters = directory, tell, exporters
+        for path in (directory.evaluations, directory.samples, directory.failures):
+            _drop_half_a_line(path)
         self._rows: list[Row] = _read_lines(directory.metrics)
         self._evaluations = directory.load_evaluations()
         self._rewrite()
@@ -154,8 +159,9 @@ class DirectoryJournal:
     def step(self, row: Row) -> None:
         row = {**row, "timestamp": time.time()}
         self._rows.append(row)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        with _room(self._directory.metrics):
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
         for exporter in self._exporters:
             exporter.export(row["version"], row)
         self._tell("step", row)
@@ -195,7 +201,8 @@ class DirectoryJournal:
         self._tell("say", line)
 
     def close(self) -> None:
-        self._metrics.close()
+        with _room(self._directory.metrics):
+            self._metrics.close()
         for exporter in self._exporters:
             exporter.close()
 
@@ -204,8 +211,19 @@ class DirectoryJournal:
         write_atomically(self._directory.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
 
 
+@contextmanager
+def _room(path: Path) -> Generator[None]:
+    """A full disk is nothing that a restart mends: one line that says which, exit code 2."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"{path}: {error.strerror}: free some and start again with the same command") from None
+
+
 def _append(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("a") as file:
+    with _room(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -215,12 +233,13 @@ def write_json(path: Path, value: object) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """The old content or the new, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with _room(path):
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def _read_lines(path: Path) -> list[Row]:
@@ -228,6 +247,14 @@ def _read_lines(path: Path) -> list[Row]:
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """What a full disk cut short, so that the next line stands on its own."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _give_up(signum: int, frame: types.FrameType | None) -> None:

@@ -111,6 +111,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """Weights the peer holds; for the learner, the checkpoint it loaded (version) and its lineage."""
     weights_store: str = ""
     """Learner only: host:port of the rendezvous store of the weight group, empty if the transport needs none."""
+    attention_share: float = 0.0
+    """Learner only: L tokens of one sequence cost L + attention_share * L^2; micro-batches are balanced by it."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -160,18 +162,35 @@ class Credit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Segment(msgspec.Struct, frozen=True, tag=True):
-    """The sampled tokens of an unfinished rollout so far, persisted so that they are not sampled again."""
+    """The next sampled tokens of an unfinished rollout, persisted so that they are not sampled again."""
 
     group_id: int
     member: int
     call: int
     """Which call of the policy within the episode, from 0."""
+    start: int
+    """Sampled tokens of this call before this segment: segments of a call join without a gap."""
+    prompt: int
+    """CRC-32 of the call's prompt as [n] int32: whoever resumes checks that the episode asks the same again."""
     tokens: bytes
     """[n] int32, sampled only"""
     logprobs: bytes
     """[n] float32"""
     spans: list[VersionSpan]
-    """Positions count from the first sampled token of the call."""
+    """Cover [0, n); positions count from the first token of this segment."""
+    finish_reason: FinishReason | None = None
+    """Set on the last segment of a call."""
+    yielded: bool = False
+    """The lease of this member ends here, its token budget is used up: whoever takes it next goes on after this
+    segment, which may be empty."""
+
+
+class Positions(msgspec.Struct, frozen=True, tag=True):
+    """How many tokens every unfinished training rollout had when these weights went live. Sent after WeightsLive."""
+
+    weights: WeightsId
+    sampled: list[tuple[int, int, int]]
+    """(group id, member, tokens sampled in this episode so far, over all calls and leases)"""
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
@@ -233,7 +252,11 @@ class GroupLease(msgspec.Struct, frozen=True):
     min_version: int = 0
     """Sampling starts when the engine holds at least this version: older tokens could not be trained on in time."""
     segments: list[Segment] = []
-    """What earlier leases of these members already sampled."""
+    """What earlier leases of these members already sampled, in order."""
+    segment_tokens: int = 0
+    """Send a Segment every so many tokens of a call; 0 = never."""
+    lease_tokens: int = 0
+    """A member that sampled so many tokens under this lease yields; 0 = no such budget."""
 
 
 class Lease(msgspec.Struct, frozen=True, tag=True):
@@ -292,6 +315,9 @@ class TrainRollout(msgspec.Struct, frozen=True):
     member: int
     reward: float
     sequences: list[Sequence]
+    baseline: dict[int, float] = {}
+    """member -> reward of those members of the group its advantage is relative to, fixed when the first of the group
+    was released to training; without `member` itself if it ended later. Empty: the members in this batch."""
 
 
 class MicroBatches(msgspec.Struct, frozen=True, tag=True):
@@ -307,7 +333,9 @@ class MicroBatches(msgspec.Struct, frozen=True, tag=True):
     """Composed before the checkpoint was lost: trained again under a new lineage, without new terminal events."""
 
 
-GeneratorMessage: TypeAlias = Hello | Credit | Segment | Finished | Failed | Heartbeat | WeightsLive | WeightsFailed
+GeneratorMessage: TypeAlias = (
+    Hello | Credit | Segment | Positions | Finished | Failed | Heartbeat | WeightsLive | WeightsFailed
+)
 """What a generator may send."""
 
 ToGenerator: TypeAlias = HelloAck | Lease | Cancel | Ack | WeightsAnnounce | WeightGroup | Heartbeat | Shutdown

@@ -13,7 +13,7 @@ from engine_cases import assert_covers, configs, make_model, request
 
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.fake import FakeEngine
-from async_rl.engines.protocol import Chunk, Engine, Request, Snapshot
+from async_rl.engines.protocol import Chunk, Engine, Request, Snapshot, Swap
 from async_rl.simulate.virtual_loop import run_virtual
 from async_rl.wire.messages import VersionSpan, WeightsId
 
@@ -28,6 +28,7 @@ class Driver:
     snapshot: Callable[[int], Snapshot]
     """Weights of a version; those of different versions differ."""
     chunks: dict[int, list[Chunk]] = field(default_factory=dict)
+    order: list[Chunk] = field(default_factory=list)
     watch: Callable[[Chunk], None] = lambda _: None
     """Called where the engine delivers: what it does happens before the next decode step."""
 
@@ -39,6 +40,7 @@ class Driver:
             assert chunks
             for chunk in chunks:
                 self.chunks.setdefault(chunk.request_id, []).append(chunk)
+                self.order.append(chunk)
                 self.watch(chunk)
             loop.call_soon_threadsafe(self._news.set)
 
@@ -137,9 +139,10 @@ def test_requests_wait_for_the_first_weights(on_engine: Any) -> None:
     async def body(d: Driver) -> None:
         assert d.engine.weights is None
         d.engine.submit([request(0, (1, 2), 5)])
-        stall = await d.engine.load_weights(d.snapshot(0))
+        swap = await d.engine.load_weights(d.snapshot(0))
         assert d.engine.weights == WeightsId(0, 0)
-        assert stall >= 0
+        assert swap.stall_s >= 0
+        assert swap.sampled.get(0, 0) == swap.delivered == 0
         await d.finished(0)
         assert d.chunks[0][0].spans[0].version == 0
 
@@ -264,7 +267,7 @@ def test_weights_change_in_mid_sequence(on_engine: Any) -> None:
         (old,) = await d.complete(request(0, (1, 2), 40))
         d.chunks.clear()
         await d.pause_at(request(0, (1, 2), 40, segment_tokens=10))
-        assert await d.engine.load_weights(d.snapshot(1)) >= 0
+        await d.engine.load_weights(d.snapshot(1))
         assert d.engine.weights == WeightsId(0, 1)
         d.engine.resume()
         await d.finished(0)
@@ -276,6 +279,59 @@ def test_weights_change_in_mid_sequence(on_engine: Any) -> None:
         assert d.tokens(0)[: 10 + boundary] == old[: 10 + boundary]
         await d.complete(request(1, (1, 2), 5))
         assert d.chunks[1][0].spans == [VersionSpan(0, 5, 1, 1)]
+
+    on_engine(body)
+
+
+def test_a_swap_says_how_far_every_request_was(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        if not d.engine.capabilities.swaps_in_flight:
+            pytest.skip("no swaps in flight")
+        await d.engine.load_weights(d.snapshot(0))
+        requests = [request(i, (1, 2 + i), 20 + 9 * i, segment_tokens=(3, 7, None)[i % 3]) for i in range(6)]
+        d.engine.submit(requests)
+        swaps: list[Swap] = []
+
+        def over() -> bool:
+            return all(d.is_finished(one.id) for one in requests)
+
+        while not over():
+            version, chunks = len(swaps) + 1, len(d.order)
+            tensors = d.snapshot(version % 3).tensors
+            swaps.append(await d.engine.load_weights(Snapshot(WeightsId(0, version), tensors)))
+            await d.until(lambda chunks=chunks: len(d.order) > chunks or over())
+        for version, swap in enumerate(swaps, 1):
+            ended = {chunk.request_id for chunk in d.order[: swap.delivered] if chunk.finish_reason is not None}
+            for one in requests:
+                spans = [span for chunk in d.chunks[one.id] for span in chunk.spans]
+                older = sum(span.end - span.start for span in spans if span.version < version)
+                assert (one.id in ended) == (older == len(d.tokens(one.id)))
+                if one.id not in ended:
+                    assert swap.sampled.get(one.id, 0) == older
+                else:
+                    assert one.id not in swap.sampled
+
+    on_engine(body)
+
+
+def test_the_clock_of_the_last_step_moves_while_something_is_sampled(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        loop = asyncio.get_running_loop()
+        assert d.engine.stepped_at == float("-inf")
+        await d.engine.load_weights(d.snapshot(0))
+        started = loop.time()
+        await d.complete(request(0, (1, 2), 5))
+        first = d.engine.stepped_at
+        assert started <= first <= loop.time()
+        await d.pause_at(request(1, (1, 2), 200, segment_tokens=5))
+        await d.engine.load_weights(d.snapshot(1))  # a command later: the step in progress is over
+        paused = d.engine.stepped_at
+        assert first < paused <= loop.time()
+        await d.engine.load_weights(d.snapshot(2))
+        assert d.engine.stepped_at == paused
+        d.engine.resume()
+        await d.finished(1)
+        assert d.engine.stepped_at > paused
 
     on_engine(body)
 

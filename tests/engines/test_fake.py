@@ -54,7 +54,8 @@ def test_what_is_asked_in_mid_step_happens_at_its_end(virtual: Virtual) -> None:
         started_at = asyncio.get_running_loop().time()
         engine.submit([request(0, (1,), 100)])
         await asyncio.sleep(0.7)  # in the second step
-        assert await engine.load_weights(weights(1)) == 1.0
+        swap = await engine.load_weights(weights(1))
+        assert (swap.stall_s, swap.sampled, swap.delivered) == (1.0, {0: 2}, 0)
         assert asyncio.get_running_loop().time() == pytest.approx(started_at + 2.0)
         engine.submit([request(1, (1,), 100)])
         await asyncio.sleep(100)
@@ -80,6 +81,19 @@ def test_a_pause_holds_time_back(virtual: Virtual) -> None:
         await asyncio.sleep(10)
         assert chunks[0][0] == pytest.approx(11.2 + 1.5)
         assert engine.activity()["paused"] == pytest.approx(9.7)
+        await engine.stop()
+
+    virtual(main())
+
+
+def test_the_last_step_ends_while_no_timer_fires(virtual: Virtual) -> None:
+    async def main() -> None:
+        engine, _ = started(median_tokens=100)
+        await engine.load_weights(weights(0))
+        engine.submit([request(0, (1,), 100)])
+        for at, stepped_at in [(0.3, float("-inf")), (0.7, 0.5), (10.2, 10.0), (49.9, 49.5), (100.0, 50.0)]:
+            await asyncio.sleep(at - asyncio.get_running_loop().time())
+            assert engine.stepped_at == stepped_at
         await engine.stop()
 
     virtual(main())

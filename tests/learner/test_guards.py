@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from async_rl.learner.trainer import Learner
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
 
 VERSION, ETA = 6, 2
+Policy = Literal["mask", "drop", "wait"]
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
@@ -98,6 +100,25 @@ def test_a_stale_token_with_weight_stops_the_step(
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(learner).items())
 
 
+def test_without_the_bound_nothing_is_masked(ranks: Ranks, tmp_path: Path) -> None:
+    """`on_stale = "off"` is as if the bound were out of reach."""
+    rollouts = aged(ragged_rollouts(seed=4), (0, VERSION))
+    off = Learner(tiny_run(staleness=Staleness(max_staleness=ETA, on_stale="off")), tmp_path / "off", ranks)
+    far = Learner(tiny_run(staleness=Staleness(max_staleness=VERSION)), tmp_path / "far", ranks)
+    assert off.train(message(rollouts, version=VERSION)) | {"train_s": 0} == far.train(
+        message(rollouts, version=VERSION)
+    ) | {"train_s": 0}
+    assert all(torch.equal(gradient, gradients(far)[name]) for name, gradient in gradients(off).items())
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop", "wait"])
+def test_the_loss_guards_whatever_the_policy(ranks: Ranks, tmp_path: Path, policy: Policy) -> None:
+    learner = Learner(tiny_run(staleness=Staleness(max_staleness=ETA, on_stale=policy)), tmp_path, ranks)
+    metrics = learner.train(message(aged(ragged_rollouts(seed=4), (0, VERSION)), version=VERSION))
+    assert 0 < metrics["masked_fraction"] < 1
+    assert (metrics["lag_max"], metrics["lag_all_max"]) == (0, VERSION)
+
+
 def test_all_tokens_stale_skips_the_update(ranks: Ranks, tmp_path: Path) -> None:
     learner = Learner(tiny_run(staleness=Staleness(max_staleness=0)), tmp_path, ranks)
     before = weights(learner)
@@ -147,6 +168,13 @@ def test_abandoned_between_micro_batches(ranks: Ranks, tmp_path: Path) -> None:
     assert learner.train(message(rollouts, plan)) | {"train_s": 0} == undisturbed.train(message(rollouts, plan)) | {
         "train_s": 0
     }
+
+
+def test_it_says_when_the_last_micro_batch_begins(ranks: Ranks, tmp_path: Path) -> None:
+    learner, rollouts, events = Learner(tiny_run(), tmp_path, ranks), ragged_rollouts(seed=6), list[str]()
+    plan = [[list(range(4)), list(range(4, 12)), list(range(12, 16))]]
+    learner.train(message(rollouts, plan), lambda: bool(events.append("begins")), lambda: events.append("last"))
+    assert events == ["begins", "begins", "begins", "last"]
 
 
 def test_wrong_step_and_unknown_algorithm(ranks: Ranks, tmp_path: Path) -> None:

@@ -7,21 +7,23 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from async_rl.batching.selection import oldest
 from async_rl.errors import IllegalTransition, LedgerCorrupt
 from async_rl.ledger import inspection, records, states
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.records import StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import LmdbStore, MemoryStore, Store
-from async_rl.wire.messages import RolloutResult, Sequence, Task, VersionSpan
+from async_rl.wire.messages import RolloutResult, Segment, Sequence, Task, VersionSpan
 
 TASK = Task("t", {"x": 1})
+Part: TypeAlias = tuple[int, list[int]]
 
 
 def result(member: int) -> RolloutResult:
@@ -29,7 +31,7 @@ def result(member: int) -> RolloutResult:
 
 
 def step(number: int, *groups: int) -> StepRecord:
-    return StepRecord(number, list(groups), 4, 0, 0)
+    return StepRecord(number, [(group, [0, 1]) for group in groups], 4, 0, 0)
 
 
 def make_store(kind: str, path: Path) -> Store:
@@ -43,13 +45,14 @@ def test_a_group_from_admission_to_checkpoint(kind: str, tmp_path: Path) -> None
         ledger = await Ledger.open(store)
         group = ledger.admit(TASK, 2, version=0)
         ledger.score(group.id, [result(1)])
-        assert group.states == [State.RUNNING, State.SCORED] and not ledger.ready()
+        assert group.states == [State.RUNNING, State.SCORED] and not ledger.available_slots()
         ledger.score(group.id, [result(0), result(1)])
-        assert ledger.repeats == 1 and ledger.ready() == [group]
+        assert ledger.repeats == 1 and ledger.available_slots() == [(group.id, [0, 1])]
         ledger.compose(step(0, group.id))
         await ledger.committed()
         assert ledger.trained(0) and not ledger.trained(0), "the second time is a replay"
-        assert [r.member for r in ledger.results(group)] == [0, 1], "kept until a checkpoint covers the step"
+        again = ledger.results(group.id, [0, 1])
+        assert [r.member for r in again] == [0, 1], "kept until a checkpoint covers the step"
         ledger.checkpoint(1)
         await ledger.committed()
         report = inspection.report(store, max_staleness=0)
@@ -73,10 +76,12 @@ def test_reopening_gives_back_what_was_committed(kind: str, tmp_path: Path) -> N
         await ledger.committed()
         again = await Ledger.open(store)
         assert again.run.epoch == ledger.run.epoch + 1
-        assert [g.id for g in again.running()] == [running.id] and [g.id for g in again.ready()] == [ready.id]
+        assert [g.id for g in again.waiting()] == [running.id, ready.id]
+        assert again.available_slots() == [(ready.id, [0, 1])] and again.groups[ready.id].baseline == {0: 1.0, 1: 1.0}
+        assert (again.unused, again.available) == (ledger.unused, ledger.available) == (4, 2)
         assert again.steps == ledger.steps and again.live == ledger.live
         assert again.groups[running.id].results.keys() == {0}
-        assert again.results(again.groups[composed.id]) == [result(0), result(1)]
+        assert again.results(composed.id, [0, 1]) == [result(0), result(1)]
         assert again.admit(TASK, 2, version=3).id == 3, "the task cursor goes on"
         await ledger.close()
 
@@ -89,10 +94,11 @@ def test_a_failed_member_leaves_its_survivors_and_one_survivor_is_too_few() -> N
         three, two = ledger.admit(TASK, 3, 0), ledger.admit(TASK, 2, 0)
         ledger.fail(three.id, 1, "boom")
         ledger.score(three.id, [result(0), result(2)])
-        assert ledger.ready() == [three] and three.members(State.READY) == [0, 2]
+        assert three.members(State.READY) == [0, 2]
+        assert ledger.available_slots() == [(three.id, [0, 1, 2])], "the dead member's slot goes with the survivors"
         ledger.score(two.id, [result(0)])
         ledger.fail(two.id, 1, "boom")
-        assert two.id not in ledger.groups, "no baseline from one: cancelled, its credit returns"
+        assert two.id not in ledger.groups and ledger.unused == 3, "no baseline from one: cancelled, credit returns"
         assert (ledger.run.failed, ledger.run.cancelled) == (2, 1)
         await ledger.committed()
 
@@ -104,7 +110,7 @@ def test_single_rollouts_need_no_second_survivor() -> None:
         ledger = await Ledger.open(MemoryStore())
         group = ledger.admit(TASK, 1, 0)
         ledger.score(group.id, [result(0)])
-        assert group.ready
+        assert group.opened and ledger.available == 1
 
     asyncio.run(main())
 
@@ -217,7 +223,7 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 2)), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 2)), max_size=60))
 def test_any_schedule_conserves_rollouts(virtual: Callable[[Any], Any], schedule: list[tuple[int, int, int]]) -> None:
     """Random events, repeated, late and out of order: the equation holds and every rollout has at most one end."""
 
@@ -232,11 +238,19 @@ def test_any_schedule_conserves_rollouts(virtual: Callable[[Any], Any], schedule
                 ledger.score(group_id, [result(member)])
             elif what == 2:
                 ledger.fail(group_id, member, "boom")
-            elif what == 3 and group is not None and group.step < 0:
-                ledger.cancel(group, "test")
-            elif what == 4 and ledger.ready():
+            elif what == 3 and group is not None and group.id in {one.id for one in ledger.waiting()}:
+                ledger.cancel(group, "test", None if member else [member])
+            elif what == 4 and ledger.available:
                 number = max(ledger.steps, default=ledger.run.best_known_version - 1) + 1
-                ledger.compose(step(number, ledger.ready()[0].id))
+                parts, empty = list[Part](), list[Part]()
+                for its, members in oldest(ledger.available_slots(), 2):
+                    for m in members:
+                        (parts if ledger.groups[its].states[m] is State.READY else empty).append((its, [m]))
+                ledger.compose(StepRecord(number, parts, 4, 0, 0), empty)
+            elif what == 6 and group is not None and not group.opened and State.SCORED in group.states:
+                ledger.open_group(group)
+            elif what == 7:
+                ledger.segment(Segment(group_id, member, 0, 0, 0, b"\0" * 4, b"\0" * 4, [VersionSpan(0, 1, 0, 0)]))
             elif what == 5 and ledger.run.best_known_version in ledger.steps:
                 ledger.trained(ledger.run.best_known_version)
                 if member == 0:
@@ -246,5 +260,8 @@ def test_any_schedule_conserves_rollouts(virtual: Callable[[Any], Any], schedule
             assert inspection.holds(report), report
         again = await Ledger.open(store)
         assert again.live == ledger.live and again.groups.keys() == ledger.groups.keys()
+        assert (again.unused, again.available) == (ledger.unused, ledger.available)
+        held = {(g.id, m): g.segments[m] for g in ledger.groups.values() for m in g.segments if g.segments[m]}
+        assert {(g.id, m): g.segments[m] for g in again.groups.values() for m in g.segments} == held
 
     virtual(main())

@@ -80,7 +80,7 @@ async def fill(directory: RunDirectory, groups: int) -> None:
     ledger.score(0, [mixed, rollout(2, "^12=3$", [(4, 6, 5, 5)], reward=1.0)])
     for group in (1, 2):
         ledger.score(group, [rollout(0, "^7=7$", [(3, 5, 5, 5)]), rollout(1, "^7=[/]$", [(3, 7, 5, 5)])])
-    ledger.compose(StepRecord(STEP, [0, 1], 14, 2, 1))
+    ledger.compose(StepRecord(STEP, [(0, [0, 2]), (1, [0, 1])], 14, 2, 1), [(0, [1])])
     await ledger.committed()
     ledger.trained(STEP)
     ledger.checkpoint(STEP + 1, keep=directory.load_config().controller.keep_rollouts)

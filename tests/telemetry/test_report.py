@@ -307,7 +307,7 @@ def test_promises_are_counted_from_the_ledger(tmp_path: Path, lag: int, verdict:
         ledger.admit(Task("u", {}), 2, version=0)
         tokens = Tokens(b"\0" * 8, b"\0" * 8, [VersionSpan(1, 2, 0, 0)])
         ledger.score(group.id, [RolloutResult(member, [tokens], 1.0) for member in (0, 1)])
-        ledger.compose(StepRecord(0, [group.id], 4, 0, lag))
+        ledger.compose(StepRecord(0, [(group.id, [0, 1])], 4, 0, lag))
         await ledger.committed()
         assert ledger.trained(0)
         await ledger.close()

@@ -1,0 +1,85 @@
+"""Pure: the calls of an episode as segments on the wire, and back.
+
+A rollout is made durable while it runs. Whoever resumes it replays the episode: a call that had ended returns what was
+recorded, the one in which it was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from async_rl.engines.protocol import Chunk
+from async_rl.wire.messages import FinishReason, GroupLease, Segment
+
+
+def prompt_crc(prompt: Sequence[int]) -> int:
+    """CRC-32 of a call's prompt as [n] little-endian int32."""
+    return zlib.crc32(np.asarray(prompt, "<i4").tobytes())
+
+
+def empty_chunk(finish_reason: FinishReason | None = None) -> Chunk:
+    """No tokens."""
+    return Chunk(0, np.empty(0, np.int32), np.empty(0, np.float32), [], finish_reason)
+
+
+@dataclass(slots=True)
+class RecordedCall:
+    """What earlier leases sampled in one call of the policy."""
+
+    prompt: int
+    """CRC-32 of what was asked."""
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None: the call was interrupted."""
+        return self.chunks[-1].finish_reason if self.chunks else None
+
+
+def recorded_calls(lease: GroupLease, member: int) -> dict[int, RecordedCall]:
+    """Which call of the episode -> what the segments of the lease have of it. A call of which nothing is recorded, and
+    a segment that does not join the one before it, are sampled again."""
+    calls: dict[int, RecordedCall] = {}
+    for segment in lease.segments:
+        if segment.member != member:
+            continue
+        call = calls.setdefault(segment.call, RecordedCall(segment.prompt))
+        if segment.start == call.num_tokens:
+            tokens, logprobs = np.frombuffer(segment.tokens, "<i4"), np.frombuffer(segment.logprobs, "<f4")
+            call.chunks.append(Chunk(0, tokens, logprobs, segment.spans, segment.finish_reason))
+    return calls
+
+
+@dataclass(slots=True)
+class OpenCall:
+    """A call of the policy whose last tokens are not durable yet."""
+
+    index: int
+    """Which call of the episode, from 0."""
+    prompt: tuple[int, ...]
+    durable: int = 0
+    """Its sampled tokens that are in segments."""
+    last: Chunk | None = None
+    """How it ended, if that is not durable yet."""
+    crc: int | None = None
+    """CRC-32 of the prompt, once it was needed."""
+
+    def segment(
+        self, lease: GroupLease, member: int, chunk: Chunk, reason: FinishReason | None, *, yielded: bool = False
+    ) -> Segment:
+        """The next tokens, which are durable from now on."""
+        if self.crc is None:
+            self.crc = prompt_crc(self.prompt)
+        start, self.durable = self.durable, self.durable + len(chunk.tokens)
+        tokens, logprobs = chunk.tokens.tobytes(), chunk.logprobs.tobytes()
+        return Segment(
+            lease.group_id, member, self.index, start, self.crc, tokens, logprobs, chunk.spans, reason, yielded
+        )

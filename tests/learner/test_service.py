@@ -1,0 +1,112 @@
+"""The learner's loop over a real stream in memory: when it asks for what."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from learner_cases import message, ragged_rollouts, tiny_run
+from torch import Tensor
+
+from async_rl.learner.distributed import Ranks
+from async_rl.learner.service import LearnerService
+from async_rl.learner.step import ignored, never
+from async_rl.learner.trainer import Learner
+from async_rl.wire.codec import training_stream
+from async_rl.wire.memory import MemoryServer
+from async_rl.wire.messages import (
+    BatchRequest,
+    CheckpointSaved,
+    HelloAck,
+    MicroBatches,
+    Shutdown,
+    StepDone,
+    WeightGroup,
+    WeightsId,
+)
+
+PLAN = [[list(range(4)), list(range(4, 12)), list(range(12, 16))]]
+Real = Callable[[Coroutine[Any, Any, None]], None]
+
+
+class NoWeights:
+    """A publisher whom nobody listens to."""
+
+    store = ""
+
+    def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None: ...
+
+    def regroup(self, group: WeightGroup) -> None: ...
+
+
+class HeldLearner(Learner):
+    """Stands still before every micro-batch until it may begin, and in the last one after it has said so."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.begins, self.may_go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def train(
+        self, batch: MicroBatches, abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
+    ) -> dict[str, float]:
+        def hold() -> None:
+            self.begins.release()
+            assert self.may_go_on.acquire(timeout=20)
+
+        def held_abandon() -> bool:
+            hold()
+            return abandon()
+
+        def held_last() -> None:
+            last_begins()
+            hold()
+
+        return super().train(batch, held_abandon, held_last)
+
+    async def stands(self) -> None:
+        assert await asyncio.to_thread(self.begins.acquire, timeout=20)
+
+    def go_on(self) -> None:
+        self.may_go_on.release()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_next_batch_is_asked_for_when_the_last_micro_batch_begins(
+    ranks: Ranks, tmp_path: Path, real: Real, micro_batches: int
+) -> None:
+    plan = PLAN if micro_batches == 3 else [[list(range(16))]]
+
+    async def main() -> None:
+        learner = HeldLearner(tiny_run(steps=2), tmp_path, ranks)
+        server = MemoryServer(training_stream())
+        server.epoch = 1
+        service = asyncio.create_task(LearnerService(tiny_run(steps=2), learner, NoWeights(), server.connect()).run())
+        peer, _ = await server.receive()
+        server.send(peer, HelloAck("learner", heartbeat_s=60.0))
+        assert (await server.receive())[1] == [BatchRequest(0)]
+        server.send(peer, message(ragged_rollouts(seed=6), plan))
+        for _ in range(micro_batches):
+            await learner.stands()
+            with pytest.raises(TimeoutError):  # nothing may come: the loop is idle until the thread goes on
+                await asyncio.wait_for(server.receive(), 0.01)
+            learner.go_on()
+        await learner.stands()
+        assert (await server.receive())[1] == [BatchRequest(1)], "asked for while the last micro-batch is computed"
+        learner.go_on()
+        _, (done,) = await server.receive()
+        assert isinstance(done, StepDone) and done.step == 0, "asked for once"
+
+        server.send(peer, message(ragged_rollouts(seed=7), plan, step=1))
+        for _ in range(micro_batches + 1):
+            learner.go_on()
+        _, (done,) = await server.receive()
+        assert isinstance(done, StepDone) and done.step == 1, "there is no third step to ask for"
+        server.send(peer, Shutdown("done", checkpoint=True))
+        assert isinstance((await server.receive())[1][0], CheckpointSaved)
+        await service
+
+    real(main())
