@@ -7,7 +7,7 @@ SMOLLM2 := models/smollm2-135m-instruct
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test demo demo-tiny bench clean
+.PHONY: help setup check test test-chaos demo demo-tiny bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -35,13 +35,19 @@ $(SMOLLM2): | $(STAMP)
 test: $(STAMP) $(SMOLLM2)  ## the whole test suite
 	$(BIN)/python -m pytest -q
 
+test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments
+	$(BIN)/python -m pytest -v -n 0 --durations 0 tests/chaos
+
 demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three to four minutes
 	$(BIN)/async-rl train recipes/products_smollm2.toml --run-dir runs/demo
 
 demo-tiny: $(STAMP)  ## learn to sort four digits from random weights, in about a minute
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-tiny
 
-bench: bench-overlap bench-losses bench-engine  ## every benchmark
+bench: bench-overlap bench-losses bench-engine bench-ledger  ## every benchmark
+
+bench-ledger: $(STAMP)  ## rollouts a second through the controller and its ledger, beside raw LMDB
+	$(BIN)/python bench/ledger.py
 
 bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, bench-engine
 	$(BIN)/python bench/$(subst -,_,$*).py

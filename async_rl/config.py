@@ -174,8 +174,8 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The cluster that `async-rl simulate` makes up: one engine per generating device, a decode step of n sequences takes
-    step_s + sequence_s * n. Training takes no section: a recipe that is only trained needs none of this."""
+    """The cluster that `async-rl simulate` makes up: one engine per generating device, on which a decode step of n
+    sequences takes step_s + sequence_s * n. Training itself reads none of this."""
 
     generators: int = 4
     """Devices that generate, one engine each. In the synchronous arm the learner's devices generate too."""

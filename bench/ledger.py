@@ -6,8 +6,9 @@ Three arms. The controller has a process of its own; generators and the learner,
 
     throughput   generators answer a lease at once, the learner trains in no time. Every rollout lives its whole life:
                  admitted, a segment (8 KB), a result (20 KB), scored, composed, sent to the learner, trained, deleted.
-    latency      a step takes --step-s: rates of a real run. Time from "version live" (the learner sends StepDone) to
-                 "admission reopened" (a generator has the first lease of the next step), on one clock.
+    latency      1000 rollouts a second, as in a real run: a step takes --step-s, rollouts end one by one. From "version
+                 live" to "admission reopened": inside the controller (it has read StepDone; the first lease is with
+                 the socket) and from end to end (the learner sent StepDone; a generator has the lease).
     connections  the same with 1000 generators.
 
 Beside the first: the same bytes under the same keys written to and deleted from LMDB, in batches of one synced
@@ -24,6 +25,7 @@ import multiprocessing
 import os
 import platform
 import pstats
+import random
 import resource
 import statistics
 import subprocess
@@ -34,7 +36,7 @@ from collections.abc import Iterator
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 import zmq
@@ -91,8 +93,9 @@ def recipe(steps: int) -> config.Run:
             "model": {"tiny": {"characters": "0123456789"}},
             "environment": {"name": "sorting"},
             "rollout": {"groups_per_step": GROUPS, "group_size": SIZE, "segment_tokens": SEGMENT_TOKENS},
-            "staleness": {"max_staleness": 4, "depth": 1},
+            "staleness": {"max_staleness": 4, "depth": 4},
             "evaluation": {"tasks": 0},
+            "learner": {"microbatch_tokens": 25 * TOKENS},
             "controller": {"keep_rollouts": "none"},
         }
     )
@@ -108,9 +111,57 @@ def serve(pipe: Connection, directory: Path, profile: bool) -> None:
         pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(45)
 
 
+class Timed:
+    """Seconds from a StepDone that was read to the first lease that is with the socket: by the clock, and those in
+    which the controller's loop had a core (on a machine of its own the two are one)."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.done_at = self.cpu_at = 0.0
+        self.leased = False
+
+    def done(self) -> None:
+        self.done_at, self.cpu_at, self.leased = time.monotonic(), time.thread_time(), False
+
+    def sent(self) -> None:
+        if self.leased and self.done_at:
+            self.seconds.append(time.monotonic() - self.done_at)
+            self.cpu_seconds.append(time.thread_time() - self.cpu_at)
+            self.done_at = 0.0
+
+    def read(self) -> tuple[list[float], list[float]]:
+        found = self.seconds, self.cpu_seconds
+        self.seconds, self.cpu_seconds = [], []
+        return found
+
+
+class TimedTraining(ZmqServer[Any, Any]):
+    timed: Timed
+
+    async def receive(self) -> tuple[str, list[Any]]:
+        peer, messages = await super().receive()
+        if any(isinstance(message, StepDone) for message in messages):
+            self.timed.done()
+        return peer, messages
+
+
+class TimedRollouts(ZmqServer[Any, Any]):
+    timed: Timed
+
+    def send(self, peer: str, message: Any) -> None:
+        self.timed.leased |= isinstance(message, Lease)
+        super().send(peer, message)
+
+    def _deliver(self, peer: str, data: bytes) -> None:
+        super()._deliver(peer, data)
+        self.timed.sent()
+
+
 async def _serve(pipe: Connection, directory: Path) -> None:
-    rollouts = ZmqServer(rollout_stream(), "127.0.0.1", 0)
-    training = ZmqServer(training_stream(), "127.0.0.1", 0)
+    rollouts = TimedRollouts(rollout_stream(), "127.0.0.1", 0)
+    training = TimedTraining(training_stream(), "127.0.0.1", 0)
+    rollouts.timed = training.timed = timed = Timed()
     ledger = await Ledger.open(LmdbStore(directory))
     controller = Controller(
         recipe(1_000_000),
@@ -125,7 +176,7 @@ async def _serve(pipe: Connection, directory: Path) -> None:
     def asked() -> None:
         if pipe.recv() == "cpu":
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            pipe.send((usage.ru_utime + usage.ru_stime, ledger.run.trained))
+            pipe.send((usage.ru_utime + usage.ru_stime, ledger.run.trained, *timed.read()))
         else:
             controller.stop()
 
@@ -151,7 +202,8 @@ class Dealer(Client[Any, Any]):
         self._socket.connect(address)
 
     def _deliver(self, data: bytes) -> None:
-        self._socket.send(data)
+        if not self._socket.closed:
+            self._socket.send(data)
 
     async def _next(self) -> bytes:
         return await self._socket.recv()
@@ -179,6 +231,8 @@ class Peers:
         self.generators = [Dealer(context, codec, rollouts) for _ in range(generators)]
         self.learner = Dealer(context, training_stream().mirror, training)
         self.step_s = step_s
+        self.random = random.Random(1)
+        self.over = False
         self.version = 0
         self.done_at = 0.0
         """When the newest version went live; 0 once its first lease came."""
@@ -191,6 +245,7 @@ class Peers:
             for number, client in enumerate(self.generators):
                 tasks.create_task(self._generate(client, f"generator-{number}"))
             tasks.create_task(self._learn(tasks))
+        self.over = True
         for client in (*self.generators, self.learner):
             await client.close()
 
@@ -198,6 +253,18 @@ class Peers:
         client.send(Hello("generator", name, 0))
         client.send(Credit(self.credit))
         weights, ended = WeightsId(0, 0), 0
+        loop = asyncio.get_running_loop()
+
+        def answer(group: GroupLease, member: int) -> None:
+            nonlocal ended
+            if self.over:
+                return
+            ended += 1
+            span = VersionSpan(0, SEGMENT_TOKENS, weights.version, weights.version)
+            client.send(Segment(group.group_id, member, 0, 0, 0, SEGMENT_BYTES, SEGMENT_BYTES, [span]))
+            client.send(Finished(group.group_id, "train", [result(member, weights.version)], weights))
+            client.send(Credit(self.credit + ended))
+
         beating = asyncio.create_task(self._beat(client))
         while True:
             for message in await client.receive():
@@ -207,9 +274,12 @@ class Peers:
                             self.reopened.append(time.monotonic() - self.done_at)
                             self.done_at = 0.0
                         for group in groups:
-                            self._answer(client, group, weights)
-                            ended += len(group.members)
-                        client.send(Credit(self.credit + ended))
+                            for member in group.members:
+                                delay = self.random.uniform(0, 2 * self.step_s)
+                                if delay:
+                                    loop.call_later(delay, answer, group, member)
+                                else:
+                                    answer(group, member)
                     case WeightsAnnounce():
                         weights = message.weights
                         client.send(WeightsLive(weights, 0.0))
@@ -219,14 +289,6 @@ class Peers:
                     case _:
                         pass
 
-    def _answer(self, client: Dealer, group: GroupLease, weights: WeightsId) -> None:
-        version = weights.version
-        for member in group.members:
-            span = [VersionSpan(0, SEGMENT_TOKENS, version, version)]
-            client.send(Segment(group.group_id, member, 0, 0, 0, SEGMENT_BYTES, SEGMENT_BYTES, span))
-        for member in group.members:
-            client.send(Finished(group.group_id, "train", [result(member, version)], weights))
-
     async def _beat(self, client: Dealer) -> None:
         while True:
             await asyncio.sleep(1.0)
@@ -234,6 +296,8 @@ class Peers:
 
     async def _learn(self, tasks: asyncio.TaskGroup) -> None:
         self.learner.send(Hello("learner", "learner", 0, weights=WeightsId(0, 0)))
+        steps: asyncio.Queue[int] = asyncio.Queue()
+        training = tasks.create_task(self._train(steps))
         while True:
             for message in await self.learner.receive():
                 match message:
@@ -241,13 +305,18 @@ class Peers:
                         self.learner.send(WeightsAnnounce(WeightsId(0, 0), "shared_memory"))
                         self.learner.send(BatchRequest(0))
                     case MicroBatches():
-                        tasks.create_task(self._step(message.step))
+                        steps.put_nowait(message.step)
                     case Shutdown():
+                        training.cancel()
                         self.learner.send(CheckpointSaved(self.version, ""))
                         await asyncio.sleep(0.1)
                         return
                     case _:
                         pass
+
+    async def _train(self, steps: asyncio.Queue[int]) -> None:
+        while True:
+            await self._step(await steps.get())
 
     async def _step(self, step: int) -> None:
         self.learner.send(BatchRequest(step + 1))
@@ -263,7 +332,15 @@ class Peers:
             self.learner.send(CheckpointSaved(self.version, ""))
 
 
-def measure(*, generators: int, step_s: float, seconds: float, profile: bool = False) -> dict[str, float]:
+class Reading(NamedTuple):
+    at: float
+    cpu_s: float
+    trained: int
+    reopened: list[float]
+    reopened_cpu: list[float]
+
+
+def measure(*, generators: int, step_s: float, seconds: float, profile: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "ledger"
         ours, theirs = multiprocessing.Pipe()
@@ -273,40 +350,42 @@ def measure(*, generators: int, step_s: float, seconds: float, profile: bool = F
         rollouts, training = ours.recv()
         peers = Peers(rollouts, training, generators=generators, step_s=step_s)
 
-        def reading() -> tuple[float, float, int]:
+        def reading() -> Reading:
             ours.send("cpu")
-            cpu_s, trained = ours.recv()
-            return time.monotonic(), cpu_s, trained
+            return Reading(time.monotonic(), *ours.recv())
 
-        async def main() -> tuple[tuple[float, float, int], tuple[float, float, int]]:
+        async def main() -> tuple[Reading, Reading, list[float]]:
             running = asyncio.create_task(peers.run())
             await asyncio.sleep(WARM_UP_S)
             before = await asyncio.to_thread(reading)
             peers.reopened.clear()
             await asyncio.sleep(seconds)
-            after = await asyncio.to_thread(reading)
-            latencies.extend(peers.reopened)
+            after, reopened = await asyncio.to_thread(reading), list(peers.reopened)
             ours.send("stop")
             await running
-            return before, after
+            return before, after, reopened
 
-        latencies: list[float] = []
-        before, after = asyncio.run(main())
+        before, after, end_to_end = asyncio.run(main())
         controller.join()
         report = inspection.inspect(directory, max_staleness=4)
         assert inspection.holds(report), report
-    wall_s, cpu_s, trained = (b - a for a, b in zip(before, after, strict=True))
-    spread = statistics.quantiles(latencies, n=100, method="inclusive")
+    wall_s, cpu_s, trained = after.at - before.at, after.cpu_s - before.cpu_s, after.trained - before.trained
     return {
         "generators": generators,
         "rollouts_per_s": trained / wall_s,
         "rollouts_per_cpu_s": trained / cpu_s,
         "controller_cores": cpu_s / wall_s,
-        "steps": len(latencies),
-        "reopened_p50_ms": spread[49] * 1e3,
-        "reopened_p99_ms": spread[98] * 1e3,
-        "reopened_max_ms": max(latencies) * 1e3,
+        "reopened_in_controller_ms": quantiles(after.reopened),
+        "reopened_in_controller_cpu_ms": quantiles(after.reopened_cpu),
+        "reopened_end_to_end_ms": quantiles(end_to_end),
     }
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    if len(seconds) < 2:
+        return {"count": len(seconds)}
+    found = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {"count": len(seconds), "p50": found[49] * 1e3, "p99": found[98] * 1e3, "max": max(seconds) * 1e3}
 
 
 # --- LMDB alone -----------------------------------------------------------------------------------------------
@@ -330,10 +409,10 @@ def batches(rollouts: int) -> Iterator[tuple[dict[bytes, bytes], list[bytes]]]:
         first += rollouts
 
 
-def raw(seconds: float, rollouts: int) -> float:
-    """Rollouts a second."""
+def raw(seconds: float, rollouts: int) -> tuple[float, float]:
+    """Rollouts a second, and a CPU-second."""
     with tempfile.TemporaryDirectory() as scratch, lmdb.open(scratch, map_size=8 << 30, readahead=False) as env:
-        source, began, commits = batches(rollouts), time.monotonic(), 0
+        source, began, cpu, commits = batches(rollouts), time.monotonic(), time.process_time(), 0
         while time.monotonic() - began < seconds:
             for writes, deletes in (next(source), next(source), next(source)):
                 with env.begin(write=True) as transaction:
@@ -342,7 +421,8 @@ def raw(seconds: float, rollouts: int) -> float:
                     for key in deletes:
                         transaction.delete(key)
             commits += 1
-        return commits * rollouts / (time.monotonic() - began)
+        done = commits * rollouts
+        return done / (time.monotonic() - began), done / (time.process_time() - cpu)
 
 
 def main() -> None:
@@ -362,16 +442,19 @@ def main() -> None:
             print(
                 f"{name:<12} {generators:5d} generators  {found['rollouts_per_s']:7.0f} rollouts/s"
                 f"  {found['rollouts_per_cpu_s']:7.0f} per CPU-s of the controller"
-                f"  reopened p50 {found['reopened_p50_ms']:.2f} p99 {found['reopened_p99_ms']:.2f} ms"
-                f" ({found['steps']} steps)",
-                flush=True,
             )
+            for where in ("in_controller", "in_controller_cpu", "end_to_end"):
+                reopened = found[f"reopened_{where}_ms"].items()
+                print(f"    reopened {where:<18}" + "  ".join(f"{key} {value:.1f}" for key, value in reopened))
     if options.only in (None, "throughput"):
-        figures["raw_lmdb"] = {str(size): raw(options.seconds / 2, size) for size in (16, 64, 256)}
-        for size, rate in figures["raw_lmdb"].items():
-            print(f"raw LMDB, {size:>3} rollouts a transaction: {rate:7.0f} rollouts/s")
-        figures["share_of_raw_lmdb"] = figures["throughput"]["rollouts_per_s"] / figures["raw_lmdb"]["64"]
-        print(f"throughput / raw LMDB at 64: {figures['share_of_raw_lmdb']:.2f}")
+        figures["raw_lmdb"] = {}
+        for size in (16, 64, 256):
+            rate, cpu_rate = raw(options.seconds / 2, size)
+            figures["raw_lmdb"][str(size)] = {"rollouts_per_s": rate, "rollouts_per_cpu_s": cpu_rate}
+            print(f"raw LMDB, {size:>3} rollouts a transaction: {rate:7.0f} rollouts/s  {cpu_rate:7.0f} per CPU-s")
+        ratio = figures["throughput"]["rollouts_per_s"] / figures["raw_lmdb"]["64"]["rollouts_per_s"]
+        figures["share_of_raw_lmdb"] = ratio
+        print(f"throughput / raw LMDB with 64: {ratio:.2f}")
     if options.write:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import date
 from math import exp, inf, log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -640,35 +641,37 @@ def control_plane(seeds: int) -> dict[tuple[int, float], list[Point]]:
     return found
 
 
-def plot(path: Path, seeds: int) -> list[dict[str, object]]:
-    """Write the picture; returns what it shows."""
-    ours_found = control_plane(seeds)
+def frontier(seeds: int) -> list[dict[str, Any]]:
+    """Of each case, points of ours and of every peer's rule."""
+    found = control_plane(seeds)
+    return [
+        {"eta": eta, "sigma": sigma, "ours": found[eta, sigma], "peers": peers(eta, sigma, seeds)}
+        for eta, sigma in CASES
+    ]
+
+
+def plot(panels: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 7.6), dpi=150, layout="constrained", facecolor="white")
-    colours = (plots.VERMILION, plots.GREY, plots.GREEN, plots.ORANGE)
-    rows: list[dict[str, object]] = []
-    for axes, (eta, sigma) in zip(figure.subplots(2, 2).ravel(), CASES, strict=True):
-        rules = peers(eta, sigma, seeds)
-        for colour, (rule, points) in zip(colours, rules.items(), strict=True):
-            axes.plot(*zip(*((100 * x, y) for x, y in points), strict=True), "o-", color=colour, ms=4, lw=1, label=rule)
-        points = ours_found[eta, sigma]
+    styles = ((plots.VERMILION, "o", 4), (plots.GREY, "o", 4), (plots.GREEN, "D", 9), (plots.ORANGE, "o", 4))
+    for axes, panel in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
+        for (colour, marker, size), (rule, points) in zip(styles, panel["peers"].items(), strict=True):
+            over, speed = zip(*points, strict=True)
+            axes.plot(100 * np.array(over), speed, f"{marker}-", color=colour, ms=size, lw=1, label=rule)
+        over, speed = zip(*panel["ours"], strict=True)
         label = "async_rl, mask_budget 0, 1, 2, 3, 5, 8 %: masked, weight 0"
-        axes.plot(
-            *zip(*((100 * x, y) for x, y in points), strict=True), "o-", color=plots.BLUE, ms=6, lw=2.2, label=label
-        )
-        axes.set_title(f"eta {eta}, sigma {sigma:g}", loc="left", fontsize=11, color=plots.INK)
+        axes.plot(100 * np.array(over), speed, "o-", color=plots.BLUE, ms=6, lw=2.2, label=label)
+        axes.set_title(f"eta {panel['eta']}, sigma {panel['sigma']:g}", loc="left", fontsize=11, color=plots.INK)
         axes.set_xlim(-0.5, 20)
         axes.set_ylim(0.9, None)
-        axes.set_xlabel("% of the tokens", fontsize=10)
-        axes.set_ylabel("throughput over synchronous", fontsize=10)
+        axes.set_xlabel("% of the tokens over eta (discard: % of the rollouts)", fontsize=9.5)
+        axes.set_ylabel("throughput over synchronous", fontsize=9.5)
         axes.grid(color="#e4e4e4", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        rows.append({"eta": eta, "sigma": sigma, "ours": points, "peers": rules})
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     title = "Speed against stale tokens: ours from the control plane in virtual time, peers' rules from a model"
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=plots.INK)
     FigureCanvasAgg(figure).print_png(path)
-    return rows
 
 
 def stamp(seeds: int) -> dict[str, object]:
@@ -682,13 +685,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
-    parser.add_argument("--plot", action="store_true", help="draw docs/staleness_frontier.png, in a few minutes")
+    parser.add_argument("--plot", action="store_true", help="draw docs/staleness_frontier.png: eight CPU minutes")
     options = parser.parse_args()
     if options.plot:
-        shown = plot(ROOT / "docs" / "staleness_frontier.png", options.seeds)
-        path = ROOT / "bench" / "results" / "staleness_frontier_simulated.json"
-        path.write_text(json.dumps({**stamp(options.seeds), "panels": shown}, indent=2) + "\n")
-        for panel in shown:
+        panels = frontier(options.seeds)
+        results = ROOT / "bench" / "results" / "staleness_frontier_simulated.json"
+        results.write_text(json.dumps({**stamp(options.seeds), "panels": panels}, indent=2) + "\n")
+        plot(panels, ROOT / "docs" / "staleness_frontier.png")
+        for panel in panels:
             print(panel["eta"], panel["sigma"], [(f"{y:.2f}x", f"{x:.2%}") for x, y in panel["ours"]])
         return
     figures: list[dict[str, object]] = []

@@ -67,7 +67,7 @@ max_length = 16
 
 [evaluation]
 tasks = 256
-every_steps = 10
+every_steps = 5
 """
 LIGHT, GREY, BLUE, GREEN, ORANGE, VERMILION = "#dddddd", "#777777", "#0072b2", "#009e73", "#e69f00", "#d55e00"
 
@@ -132,6 +132,8 @@ def read(directory: Path, arm: Arm, seed: int) -> dict[str, Any]:
         "over_eta": over(arm.eta),
         "masked": sum(row["masked_fraction"] * row["tokens"] for row in rows) / total,
         "tokens_per_step": total / len(rows),
+        "early": statistics.mean(row["early_fraction"] for row in rows),
+        "compared_with": statistics.mean(row["compared_with_mean"] for row in rows),
         "ess": statistics.mean(row["ess_frac"] for row in rows),
         "steps_skipped": sum(row["skipped"] for row in rows),
         "cpu_s_per_step": sum(summary["cpu_s"].values()) / len(rows),
@@ -173,6 +175,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     for run in runs:
         values = {"at_tokens": at(run, "tokens", tokens), "at_wall": at(run, "wall_s", wall_s)}
+        values["on_the_way"] = statistics.mean(at(run, "tokens", part) for part in np.linspace(0, tokens, 200))
         values |= {name: value for name, value in run.items() if isinstance(value, (int, float)) and name != "seed"}
         for name, value in values.items():
             table.setdefault(run["arm"], {}).setdefault(name, []).append(value)
@@ -180,7 +183,7 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+    return f"{statistics.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def markdown(compared: dict[str, Any], stamp: dict[str, Any]) -> str:
@@ -189,9 +192,9 @@ def markdown(compared: dict[str, Any], stamp: dict[str, Any]) -> str:
     header = (
         f"Held-out reward, mean [lowest, highest] of {stamp['seeds']} seeds; the start model has "
         f"{stamp['start_reward']:.3f}. {stamp['device']}, {stamp['date']}, commit {stamp['commit']}.\n\n"
-        f"| eta | policy | reward after {tokens} | after {seconds} | s per step | mean lag | highest lag "
-        "| tokens older than eta | masked | tokens trained per step |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
+        f"| eta | policy | reward after {tokens} | mean until then | reward after {seconds} | s per step | mean lag "
+        "| highest lag | tokens over eta | masked | trained per step | early | others compared with |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = list[str]()
     for arm in ARMS:
@@ -202,6 +205,7 @@ def markdown(compared: dict[str, Any], stamp: dict[str, Any]) -> str:
             arm.eta,
             arm.policy,
             spread(row["at_tokens"]),
+            spread(row["on_the_way"]),
             spread(row["at_wall"]),
             f"{mean(row['step_s']):.2f}",
             f"{mean(row['lag_mean']):.2f}",
@@ -209,6 +213,8 @@ def markdown(compared: dict[str, Any], stamp: dict[str, Any]) -> str:
             f"{mean(row['over_eta']):.1%}",
             f"{mean(row['masked']):.1%}",
             f"{mean(row['tokens_per_step']):.0f}",
+            f"{mean(row['early']):.0%}",
+            f"{mean(row['compared_with']):.1f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |\n")
     return header + "".join(lines)
@@ -290,7 +296,10 @@ def main() -> None:
         runs = measure(options, scratch)
     compared = compare(runs)
     for arm, row in compared["arms"].items():
-        print(f"{arm:<16} tokens {spread(row['at_tokens'])}  wall {spread(row['at_wall'])}")
+        print(
+            f"{arm:<16} tokens {spread(row['at_tokens'])}  until then {spread(row['on_the_way'])}  "
+            f"wall {spread(row['at_wall'])}"
+        )
     unguarded = compared["arms"].get("2-off")
     if unguarded is not None:
         print(f"without the guard {statistics.mean(unguarded['over_eta']):.1%} of the tokens exceed eta = 2")

@@ -143,6 +143,8 @@ class Supervisor:
             )
         theirs.close()
         service = self._services[name] = Service(role, name, process, ours)
+        if self._over.done():
+            service.kill()  # the session ended while it was being made
         self._tasks.create_task(self._attend(service), name=name)
         self._tasks.create_task(self._when_ready(service), name=f"{name} ready")
         return service

@@ -163,7 +163,7 @@ class Composer:
                     chosen.append((group_id, found))
         if not parts:
             ledger.return_slots(empty)
-            return None
+            return self._new_composition(step)  # of what is behind them
         rollouts = [(group_id, member) for group_id, members in parts for member in members]
         tokens = sum(account.total(rollout) for rollout in rollouts)
         if self._budget is not None and not self._budget.allows(step, account.pressure(step), tokens):

@@ -25,6 +25,7 @@ from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
 from async_rl.controller.generators import Generators, Peer
 from async_rl.controller.watchdog import Watchdog
+from async_rl.errors import UserError
 from async_rl.ledger.ledger import Group, Ledger
 from async_rl.ledger.states import State
 from async_rl.staleness.admission import min_version
@@ -360,6 +361,7 @@ class Controller:
             return
         batch = self._composer.compose(step)
         if batch is None:
+            self._admit()  # what was dropped, or came to nothing, has returned its credit
             return
         self._requested, self._filtered = None, 0
         self._batches[step] = batch
@@ -449,6 +451,7 @@ class Controller:
             self._generators.ended(peer, segment.group_id, [segment.member])
             group = self.ledger.groups.get(segment.group_id)
             if group is not None and group.states[segment.member] is State.RUNNING:
+                self._composer.begun(group, [segment.member])
                 self._generators.enqueue([self._lease(group, [segment.member])])
 
     def _rollouts_ended(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:
@@ -551,10 +554,7 @@ class Controller:
         self.version = version
         self._announce = None
         self._composer.attention_share = hello.attention_share
-        if version > self.ledger.run.checkpoint:  # it was saved, and we died before we heard of it
-            for step in range(self.ledger.run.best_known_version, version):
-                self.ledger.trained(step)
-            self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
+        self._recover(version)
         self.journal.rewind(version)
         lineage = self.ledger.new_lineage()
         if lineage > 0:
@@ -568,6 +568,20 @@ class Controller:
         self._when_committed(welcome)
         if version >= self.run_config.steps:
             self._trained.set()
+
+    def _recover(self, version: int) -> None:
+        """The learner starts from its checkpoint of this version, perhaps saved after we could no longer hear of it."""
+        known = self.ledger.run
+        if not known.checkpoint <= version <= self._composer.next_step:
+            raise UserError(
+                f"the learner's checkpoint is of step {version}, but the ledger has the rollouts of steps "
+                f"{known.checkpoint} to {self._composer.next_step}: put back the checkpoint that belongs to it, or use "
+                "a new run directory"
+            )
+        for step in range(known.best_known_version, version):
+            self.ledger.trained(step)
+        if version > known.checkpoint:
+            self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
 
     def _step_done(self, done: StepDone) -> None:
         self.ledger.trained(done.step)

@@ -39,6 +39,10 @@ class BaselineRows:
     row_N: npt.NDArray[np.int64]
     """The row of each rollout of the step."""
 
+    def others_N(self) -> npt.NDArray[np.int64]:
+        """With how many others the reward of each rollout is compared."""
+        return np.bincount(self.group_B)[self.group_B[self.row_N]] - 1
+
 
 def baseline_rows(rollouts: Sequences[TrainRollout]) -> BaselineRows:
     """Rollouts of a group that were opened together carry the same baseline."""

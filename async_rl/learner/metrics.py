@@ -12,7 +12,8 @@ def batch_metrics(step: StepBatch, max_staleness: int) -> dict[str, float]:
     """Over the whole step, all ranks together.
 
     lag_* is over trainable tokens that keep their weight, lag_all_* over all of them, head_lag_* over rollouts (the
-    oldest trainable token of each). masked_fraction is the share of trainable tokens past `max_staleness`.
+    oldest trainable token of each). compared_with_* is the number of others in the group of each rollout that its
+    reward is relative to. masked_fraction is the share of trainable tokens past `max_staleness`.
     """
     lag_R, tokens_R = step.version - step.span_version_R, step.span_tokens_R
     kept_R = np.where(lag_R <= max_staleness, tokens_R, 0)
@@ -22,6 +23,7 @@ def batch_metrics(step: StepBatch, max_staleness: int) -> dict[str, float]:
     head_lag = head_lag_N[head_lag_N >= 0]
     trainable = max(step.trainable_tokens, 1)
     tokens_N = np.bincount(step.span_rollout_R, tokens_R, step.num_rollouts)
+    others_N = step.baseline.others_N()
     return {
         **_lags("lag", lag_R, kept_R),
         **_lags("lag_all", lag_R, tokens_R),
@@ -30,6 +32,8 @@ def batch_metrics(step: StepBatch, max_staleness: int) -> dict[str, float]:
         "masked_fraction": 1.0 - float(kept_R.sum()) / trainable if step.trainable_tokens else 0.0,
         "fully_masked_rollouts": float(fully_masked_N.sum()),
         **_rewards(step),
+        "compared_with_mean": float(others_N.mean()) if len(others_N) else 0.0,
+        "compared_with_min": float(others_N.min(initial=step.num_rollouts)) if len(others_N) else 0.0,
         "samples": float(step.num_rollouts),
         "tokens": float(step.trainable_tokens),
         "tokens_read": float(step.fed_S.sum()),

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lmdb import verify
 
 from async_rl.errors import LedgerCorrupt
 
+WHAT_TO_DO = "restore a copy of the run directory, or start a new run with another --run-dir"
 PAGE = struct.Struct("<QHHHH")
 """Header of a page: its number, -, flags, where its node offsets end, where its nodes begin."""
 NODE = struct.Struct("<HHHH")
@@ -48,10 +51,18 @@ def check_file(path: Path) -> None:
         problems = [str(error)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise LedgerCorrupt(
-            f"{path} is damaged: {problems[0]}{more}; "
-            "restore a copy of the run directory, or start a new run with another --run-dir"
-        )
+        raise LedgerCorrupt(f"{path} is damaged: {problems[0]}{more}; {WHAT_TO_DO}")
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """A record that is found damaged in here is one of this file."""
+    try:
+        yield
+    except LedgerCorrupt as error:
+        if WHAT_TO_DO in str(error):
+            raise
+        raise LedgerCorrupt(f"{path} is damaged: {error}; {WHAT_TO_DO}") from None
 
 
 def _check_ids(path: Path) -> list[str]:

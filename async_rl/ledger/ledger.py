@@ -193,7 +193,7 @@ class Ledger:
         running = [m for m in ended if group.states[m] is State.RUNNING]
         self._end(group, ended, "cancelled", reason)
         self._settle(group)
-        if members is None:
+        if members is None and group.id in self.groups:  # else the last end has done it
             self._return_unused(group)
         return running
 
@@ -248,9 +248,8 @@ class Ledger:
                 group = self.groups.get(group_id)
                 if group is not None:
                     group.keeps_payload |= keep == "all" or (keep == "sample" and index == 0)
-        for group_id in {group_id for step in covered for group_id, _ in step.parts}:
-            if group_id in self.groups:
-                self._forget_if_done(self.groups[group_id])
+        for group in list(self.groups.values()):  # also those of which a step used nothing but empty slots
+            self._forget_if_done(group)
 
     def new_lineage(self) -> int:
         """A learner that starts from a checkpoint opens a new lineage; the first one is 0."""

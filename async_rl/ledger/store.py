@@ -21,7 +21,7 @@ from typing import Protocol
 import lmdb
 
 from async_rl.errors import LedgerCorrupt, UserError
-from async_rl.ledger.integrity import check_file
+from async_rl.ledger.integrity import check_file, naming
 
 INITIAL_MAP_BYTES = 64 << 20
 GROWTH_FACTOR = 2
@@ -199,7 +199,7 @@ def snapshot(path: Path) -> Generator[Snapshot]:
     with _alone(path) as alone:
         if alone:  # else whoever has it open has checked it, and may write to it
             check_file(path / DATA)
-    with _open(path, readonly=True) as env, env.begin() as transaction:
+    with _open(path, readonly=True) as env, env.begin() as transaction, naming(path / DATA):
         yield Snapshot(transaction)
 
 

@@ -17,7 +17,7 @@ SMOOTH = 0.3
 """Weight of the newest step in the mean of the pressure."""
 SAVED_STEPS = 4
 """Budget that was not used can be saved up for so many steps."""
-WAITING_LIMIT = 0.3125
+WAITING_LIMIT = 0.4
 """Without a budget the best concurrency is this many rollouts per rollout of a step and version of eta."""
 
 

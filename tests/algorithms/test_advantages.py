@@ -76,3 +76,19 @@ def test_rewards_are_clipped_before_normalisation():
 def test_best_of_group():
     rewards_N, group_N = torch.tensor([3.0, 4.0, NAN, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
     assert max_advantage(rewards_N, group_N).tolist() == [0.0, 4.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", CRITIC_FREE)
+@advantages
+@given(pairs=GROUPS, others=GROUPS)
+def test_rollouts_of_other_batches_count_in_their_group_only(name, pairs, others):
+    rewards_N, group_N = split([*pairs, *others])
+    in_batch_N = torch.arange(len(rewards_N)) < len(pairs)
+    objective = preset(name)
+    found = objective.advantages(rewards_N, group_N, in_batch_N)[: len(pairs)]
+    whole = objective.advantages(rewards_N, group_N)
+    assert torch.equal(objective.advantages(rewards_N, group_N, torch.ones_like(in_batch_N)), whole)
+    if objective.center == "batch":
+        assert torch.equal(found, objective.advantages(*split(pairs)))
+    elif objective.scale != "batch":
+        assert torch.equal(found, whole[: len(pairs)])

@@ -21,6 +21,7 @@ from async_rl.algorithms.presets import PRESETS, preset
 from async_rl.errors import ProtocolError
 from async_rl.learner.batch import flatten
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.metrics import batch_metrics
 from async_rl.learner.step import advantages
 from async_rl.learner.trainer import Learner
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
@@ -110,6 +111,15 @@ def test_statistics_of_the_batch_know_only_the_batch() -> None:
     torch.testing.assert_close(lite, expected.float())
     centred = (rewards_N - rewards_N.mean()) / scale
     torch.testing.assert_close(found(preset("reinforce_plus_plus"), rollouts), centred.float())
+
+
+def test_with_how_many_each_is_compared() -> None:
+    opened = {0: 1.0, 1: 0.0, 2: 0.0}
+    rollouts = [rollout(0, 0, 1.0, opened), rollout(0, 5, 0.5, opened), rollout(1, 0, 5.0), rollout(1, 1, 2.0)]
+    step = flatten(message(rollouts))
+    assert step.baseline.others_N().tolist() == [2, 3, 1, 1]
+    metrics = batch_metrics(step, 0)
+    assert (metrics["compared_with_mean"], metrics["compared_with_min"]) == (1.75, 1)
 
 
 def test_half_a_group_trains_as_its_part_of_the_whole(ranks: Ranks, tmp_path: Path) -> None:
