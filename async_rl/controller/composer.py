@@ -188,9 +188,10 @@ class Composer:
         due = step - run.staleness.max_staleness
         if ledger.live[State.RUNNING] + 2 * run.rollout.group_size <= self.room:
             due += 1
+        enough = max(MIN_SURVIVORS, (run.rollout.group_size + 1) // 2)  # a baseline of fewer is noise
         for group in ledger.closed(due):
             scored = group.members(State.SCORED)
-            if len(scored) < MIN_SURVIVORS:
+            if len(scored) < enough:
                 continue
             if run.rollout.filter == "uniform" and len({group.results[member].reward for member in scored}) == 1:
                 continue  # whether it teaches anything is known when it is complete

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any, Literal, TypeAlias
@@ -29,6 +29,7 @@ from async_rl.staleness.budget import MaskBudget
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import (
+    Ack,
     Failed,
     Finished,
     GeneratorMessage,
@@ -149,6 +150,19 @@ class AuditedStore(MemoryStore):
         await super().commit(writes)
         self._look(writes)
 
+    def check_ended(self, group_id: int, members: Iterable[int]) -> None:
+        """They are acknowledged: on disk they have ended."""
+        if group_id in self.groups:  # else it is over and forgotten
+            states = self.groups[group_id].states
+            assert not any(states[member] == State.RUNNING for member in members), "an ack before the commit"
+
+    def check_composed(self, batch: MicroBatches) -> None:
+        """The learner has got it: its composition is on disk."""
+        record = self.steps.get(batch.step)
+        assert record is not None, "a batch before its commit"
+        parts = [(group_id, member) for group_id, members in record.parts for member in members]
+        assert parts == [(rollout.group_id, rollout.member) for rollout in batch.rollouts]
+
     def _look(self, writes: Mapping[bytes, bytes | None]) -> None:
         composed: list[StepRecord] = []
         for key, value in writes.items():
@@ -243,6 +257,9 @@ class Line(Client[GeneratorMessage, ToGenerator]):
         messages = await self._inner.receive()
         now = asyncio.get_running_loop().time()
         leases = [lease for message in messages if isinstance(message, Lease) for lease in message.groups]
+        for message in messages:
+            if isinstance(message, Ack):
+                self._world.store.check_ended(message.group_id, message.members)
         self._world.leases += [(now, lease.group_id, list(lease.members)) for lease in leases]
         return messages
 
@@ -442,10 +459,14 @@ class _Life:
             if (step + 1) % run.checkpoint.every_steps == 0:
                 world.checkpoint = step + 1
 
+        def step_time(batch: MicroBatches) -> float:
+            world.store.check_composed(batch)
+            return schedule.step_s
+
         learner = FakeLearner(
             self._training.connect(),
             steps=run.steps,
-            step_time=lambda _: schedule.step_s,
+            step_time=step_time,
             version=world.checkpoint,
             request_at=schedule.request_at,
             checkpoint_every=run.checkpoint.every_steps,
