@@ -19,7 +19,7 @@ import msgspec
 
 from async_rl import config
 from async_rl.environments.api import find, make_tasks
-from async_rl.errors import AsyncRLError, UserError
+from async_rl.errors import AsyncRLError, LedgerCorrupt, UserError
 from async_rl.telemetry.exporters import check_exporters
 from async_rl.telemetry.run_directory import RunDirectory
 
@@ -156,7 +156,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
         service = importlib.import_module(f"async_rl.services.{options.role}")
         name = options.name or f"{options.role}-0"
         code = service.main(run, child.ServeOptions(Path(options.run_dir), name, options.connect), parent)
-    except* UserError as group:
+    except* (UserError, LedgerCorrupt) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]

@@ -10,8 +10,9 @@ from async_rl import config
 from async_rl.controller import admin
 from async_rl.controller.controller import Controller
 from async_rl.environments.api import find, make_tasks
+from async_rl.ledger.integrity import naming
 from async_rl.ledger.ledger import Ledger
-from async_rl.ledger.store import LmdbStore
+from async_rl.ledger.store import DATA, LmdbStore
 from async_rl.telemetry.exporters import exporters
 from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory, write_json
 from async_rl.wire.codec import rollout_stream, training_stream
@@ -31,7 +32,8 @@ async def _serve(run: config.Run, directory: RunDirectory, parent: Parent) -> No
     host, port = run.controller.host, run.controller.port
     rollouts = ZmqServer(rollout_stream(), host, port)
     training = ZmqServer(training_stream(), host, port + 1 if port else 0)
-    ledger = await Ledger.open(LmdbStore(directory.ledger))
+    with naming(directory.ledger / DATA):
+        ledger = await Ledger.open(LmdbStore(directory.ledger))
     journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
     controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
     runner, url = await admin.start(controller, host, run.controller.admin_port)

@@ -129,6 +129,9 @@ class Composer:
 
     def ended(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> CohortReport | None:
         """Their terminal event. Returns the length report of a cohort that is over with it."""
+        if event == "cancelled":
+            for member in members:
+                self._lengths.withdrawn(group.id, member, self._account.total((group.id, member)))
         self._account.left((group.id, member) for member in members)
         return self._lengths.ended(group.id, members, event, followed=reason != RUN_COMPLETE)
 

@@ -70,6 +70,8 @@ STOP_TIMEOUT_S = 3.5
 FINISH_TIMEOUT_S = 600.0
 EVALUATION_TIMEOUT_S = 1800.0
 PULSE_INTERVAL_S = 0.25
+TURN_S = 0.001
+"""A stream with frames at hand is read for so long; then the others have their turn."""
 FILTERED_WARNING = 10
 """Say so when as many groups were filtered as this many steps hold, and none was trained on."""
 NAMED_PENDING = 8
@@ -389,12 +391,16 @@ class Controller:
     # --- rollout stream ---------------------------------------------------------------------------------------
 
     async def _serve(self, server: Server[S, R], handle: Callable[[str, R], None]) -> None:
+        turn = self._loop.time()
         while True:
             peer, messages = await server.receive()
             for message in messages:
                 handle(peer, message)
             self._advance()
             self._pulse()
+            if self._loop.time() - turn > TURN_S:
+                await asyncio.sleep(0)
+                turn = self._loop.time()
 
     def _from_generator(self, peer_id: str, message: GeneratorMessage) -> None:
         if isinstance(message, Hello):
@@ -584,9 +590,13 @@ class Controller:
             self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
 
     def _step_done(self, done: StepDone) -> None:
+        self.version = done.step + 1
+        if self._open:  # generators wait for this: the rest of the step's books comes after
+            self._admit()
+            self._generators.dispatch()
+            self._rollouts.flush()
         self.ledger.trained(done.step)
         self._commit_wanted.set()
-        self.version = done.step + 1
         self._usage.read("learner", done.activity)
         self._usage.read("controller", self._tracker.activity())
         self.journal.step(self._row(done))

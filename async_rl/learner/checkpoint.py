@@ -12,6 +12,7 @@ crash leaves behind is such a dotted directory, which nothing reads and the next
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from async_rl.errors import AsyncRLError
+from async_rl.errors import AsyncRLError, UserError
 
 FORMAT = 1
 PARTIAL = ".partial-"
@@ -63,23 +64,39 @@ def save(
     """Write `directory/vNNNNNNNN`, durable when this returns, and remove all but the newest `keep`.
 
     A checkpoint of the same version is replaced: the run came here a second time.
+
+    Raises:
+        UserError: the disk is full.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"v{position.version:08d}"
     partial = directory / f"{PARTIAL}{final.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    with no_progress_bars():
-        model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
-    save_file(_rng_tensors(), partial / RNG_FILE)
-    (partial / POSITION_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(position), indent=2) + b"\n")
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    publish(partial, final)
+    with _room(final):
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with no_progress_bars():
+            model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
+        save_file(_rng_tensors(), partial / RNG_FILE)
+        (partial / POSITION_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(position), indent=2) + b"\n")
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        publish(partial, final)
     _keep_newest(directory, keep)
     return final
+
+
+@contextmanager
+def _room(final: Path) -> Generator[None]:
+    """A full disk is nothing that a restart mends. safetensors and tokenizers raise types of their own."""
+    try:
+        yield
+    except Exception as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise UserError(f"checkpoint {final}: {full}: free some and start again with the same command") from error
 
 
 @contextmanager

@@ -6,11 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from async_rl.ledger import records
-from async_rl.ledger.ledger import load_run
-from async_rl.ledger.records import EventRecord, GroupRecord, StepRecord
+from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, snapshot
-from async_rl.wire.messages import RolloutResult, Segment, Task
 
 Report = dict[str, int]
 
@@ -31,28 +29,23 @@ def report(store: Reader, *, max_staleness: int) -> Report:
     duplicates: terminal events beyond the first of a rollout. lost: admitted, and neither ended nor alive.
     over_eta: tokens with weight in a step whose lag was above `max_staleness`.
     """
-    run = load_run(store)
+    run, over_eta = RunRecord(), 0
     ended: Counter[str] = Counter()
-    seen: Counter[tuple[int, int]] = Counter()
-    for key, value in store.scan(b"event/"):
-        event = records.decode(key, value, EventRecord)
-        ended[event.event] += len(event.members)
-        seen.update((event.group_id, member) for member in event.members)
     alive: Counter[str] = Counter()
-    for key, value in store.scan(b"group/"):
-        states = records.decode(key, value, GroupRecord).states
-        alive.update(State(state).name.lower() for state in states if not State(state).terminal)
-    for key, value in store.scan(b"segment/"):
-        records.decode(key, value, Segment)
-    for key, value in store.scan(b"task/"):
-        records.decode(key, value, Task)
-    for key, value in store.scan(b"payload/"):
-        records.decode(key, value, list[RolloutResult])
-    over_eta = 0
-    for key, value in store.scan(b"step/"):
-        step = records.decode(key, value, StepRecord)
-        if step.max_weighted_lag > max_staleness:
-            over_eta += step.weighted_tokens
+    seen: Counter[tuple[int, int]] = Counter()
+    for key, value in store.scan(b""):
+        match records.decode_any(key, value):
+            case RunRecord() as run:
+                pass
+            case EventRecord(group_id, members, event):
+                ended[event] += len(members)
+                seen.update((group_id, member) for member in members)
+            case GroupRecord(states=states):
+                alive.update(State(state).name.lower() for state in states if not State(state).terminal)
+            case StepRecord(weighted_tokens=tokens, max_weighted_lag=lag):
+                over_eta += tokens if lag > max_staleness else 0
+            case _:
+                pass
     return {
         "admitted": run.admitted,
         "trained": ended["trained"],

@@ -288,8 +288,10 @@ class Ledger:
             await asyncio.shield(self._flushing)
 
     async def close(self) -> None:
-        await self.committed()
-        await self._store.close()
+        try:
+            await self.committed()
+        finally:
+            await self._store.close()
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -300,9 +302,10 @@ class Ledger:
             for group in self._dirty.values():
                 states_, steps = list[int](group.states), list(group.steps)
                 record = GroupRecord(group.id, group.version, states_, steps, group.baseline)
-                self._writes[records.group_key(group.id)] = records.encode(record)
+                key = records.group_key(group.id)
+                self._writes[key] = records.encode(key, record)
             self._dirty.clear()
-            self._writes[records.RUN] = records.encode(self.run)
+            self._writes[records.RUN] = records.encode(records.RUN, self.run)
             writes, self._writes, covers = self._writes, {}, self._appended
             await self._store.commit(writes)
             self._durable = covers
@@ -395,7 +398,7 @@ class Ledger:
 
     def _put(self, key: bytes, record: object) -> None:
         self._appended += 1
-        self._writes[key] = records.encode(record)
+        self._writes[key] = records.encode(key, record)
 
     def _delete(self, key: bytes) -> None:
         self._appended += 1

@@ -1,4 +1,4 @@
-"""Pure: what the ledger writes, and under which key. Every value starts with the CRC-32 of the rest."""
+"""Pure: what the ledger writes, and under which key. Every value starts with the CRC-32 of its key and the rest."""
 
 from __future__ import annotations
 
@@ -108,24 +108,41 @@ def event_key(number: int) -> bytes:
     return b"event/%016x" % number
 
 
+KINDS: dict[bytes, object] = {
+    b"run": RunRecord,
+    b"group": GroupRecord,
+    b"task": Task,
+    b"segment": Segment,
+    b"payload": list[RolloutResult],
+    b"step": StepRecord,
+    b"event": EventRecord,
+}
+"""First part of the key -> what stands under it."""
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[object, msgspec.msgpack.Decoder[object]] = {
-    kind: msgspec.msgpack.Decoder(kind)
-    for kind in (RunRecord, GroupRecord, StepRecord, EventRecord, Task, Segment, list[RolloutResult])
+    kind: msgspec.msgpack.Decoder(kind) for kind in KINDS.values()
 }
 
 
-def encode(record: object) -> bytes:
+def encode(key: bytes, record: object) -> bytes:
     body = _encoder.encode(record)
-    return zlib.crc32(body).to_bytes(4, "little") + body
+    return zlib.crc32(body, zlib.crc32(key)).to_bytes(4, "little") + body
 
 
 def decode(key: bytes, value: bytes, kind: type[T]) -> T:
-    """Raises LedgerCorrupt, naming the record, if a byte of it changed."""
-    body = value[4:]
-    if zlib.crc32(body) != int.from_bytes(value[:4], "little"):
-        raise LedgerCorrupt(f"record {key.decode()}: checksum does not match its {len(body)} bytes")
+    """Raises LedgerCorrupt, naming the record, if a byte of it or of its key changed."""
+    body, name = value[4:], key.decode(errors="backslashreplace")
+    if zlib.crc32(body, zlib.crc32(key)) != int.from_bytes(value[:4], "little"):
+        raise LedgerCorrupt(f"record {name}: checksum does not match its {len(body)} bytes")
     try:
         return _decoders[kind].decode(body)  # type: ignore[return-value]
     except msgspec.MsgspecError as error:
-        raise LedgerCorrupt(f"record {key.decode()}: {error}") from None
+        raise LedgerCorrupt(f"record {name}: {error}") from None
+
+
+def decode_any(key: bytes, value: bytes) -> object:
+    """Raises LedgerCorrupt also where the key is none of ours."""
+    kind = KINDS.get(key.partition(b"/")[0])
+    if kind is None:
+        raise LedgerCorrupt(f"record {key.decode(errors='backslashreplace')}: there is no such kind")
+    return decode(key, value, kind)  # type: ignore[arg-type]

@@ -97,17 +97,19 @@ def summarise(
     def edge(part: Sequence[Row]) -> float:
         return sum(row["reward"] for row in part) / max(1, len(part))
 
+    # a step whose end the controller did not hear of, because it died, has no row
+    steps = versions.get("trained", len(rows))
     tokens = sum(row["tokens"] for row in rows)
     weighted = sum(row["tokens"] * (1 - row["masked_fraction"]) for row in rows)
     lags = [(row["lag"], row["tokens"] * (1 - row["masked_fraction"])) for row in rows]
     by_version = {evaluation.version: evaluation for evaluation in evaluations}
-    before, after = by_version.get(0), by_version.get(len(rows))
+    before, after = by_version.get(0), by_version.get(steps)
 
     def evaluation(of: EvalSummary | None) -> Row | None:
         return None if of is None else {"reward": of.reward, **of.metrics, "tasks": of.tasks, "failed": of.failed}
 
     return {
-        "steps": len(rows),
+        "steps": steps,
         "wall_s": rows[-1]["wall_s"] if rows else 0.0,
         "reward_first": edge(rows[:EDGE_STEPS]),
         "reward_last": edge(rows[-EDGE_STEPS:]),

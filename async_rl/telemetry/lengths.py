@@ -21,7 +21,7 @@ RATIO_BAND = (0.95, 1.05)
 class CohortReport:
     cohort: int
     submitted: int
-    """Rollouts that were sampled, those of filtered groups apart."""
+    """Rollouts that were sampled, those of filtered groups apart. A withdrawn one is as long as it had become."""
     trained: int
     ratio: float
     """Mean length trained / submitted."""
@@ -65,6 +65,11 @@ class LengthCohorts:
     def scored(self, group_id: int, member: int, tokens: int) -> None:
         """It ended after so many sampled tokens."""
         self._group(group_id).tokens[member] = tokens
+
+    def withdrawn(self, group_id: int, member: int, tokens: int) -> None:
+        """It was cancelled, perhaps while it was being sampled: it would have been at least so long."""
+        if tokens:
+            self._group(group_id).tokens.setdefault(member, tokens)
 
     def composed(self, group_id: int, member: int, masked: int) -> None:
         """It is in a batch, in which so many of its tokens have no weight."""

@@ -59,6 +59,10 @@ class Server(ABC, Generic[S, R]):
     def send(self, peer: str, message: S) -> None:
         self._outbox.add(peer, message)
 
+    def flush(self) -> None:
+        """Send now what was gathered, not at the end of this turn of the loop."""
+        self._outbox.drain()
+
     async def receive(self) -> tuple[str, list[R]]:
         """The next accepted frame: who sent it, and its messages."""
         while True:

@@ -62,6 +62,9 @@ class _Sends:
 
     def track(self, sending: Awaitable[object]) -> None:
         future = asyncio.ensure_future(sending)
+        if future.done():  # as a rule: the socket took it at once
+            self._done(future)
+            return
         self._pending.add(future)
         future.add_done_callback(self._done)
 

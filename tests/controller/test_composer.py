@@ -97,6 +97,22 @@ def test_one_survivor_is_not_released(virtual: Virtual) -> None:
     virtual(main())
 
 
+@pytest.mark.parametrize(("group_size", "enough"), [(2, 2), (4, 2), (5, 3), (6, 3)])
+def test_half_of_a_group_has_to_be_there(virtual: Virtual, group_size: int, enough: int) -> None:
+    """A baseline of fewer is noise."""
+
+    async def main() -> None:
+        desk = await Desk.open(rollout={"groups_per_step": 9, "group_size": group_size})
+        group = desk.admit(0)
+        for member in range(enough):
+            assert not group.opened
+            desk.score(group, {member: float(member)})
+            desk.composer.compose(50)
+        assert group.opened
+
+    virtual(main())
+
+
 def test_the_baseline_is_that_of_the_moment_of_opening(virtual: Virtual) -> None:
     """Early members and late ones are compared with the same rewards, so that when a member ends cannot matter."""
 
@@ -337,6 +353,24 @@ def test_the_account_survives_a_restart(virtual: Virtual) -> None:
         assert again.composer.compose(2) is None, "the five tokens of version 0 would be over eta at step 3"
         again.ledger.fail(slow.id, 2, "boom")
         assert members(again.compose(2)) == [(1, member) for member in range(4)]
+
+    virtual(main())
+
+
+def test_what_is_withdrawn_shows_in_the_lengths(virtual: Virtual) -> None:
+    """Dropping long rollouts while they run would otherwise leave no trace of how long they were."""
+
+    async def main() -> None:
+        desk = await Desk.open(staleness={"on_stale": "drop"})
+        group = desk.admit(0)
+        desk.score(group, {0: 0.0, 1: 1.0, 2: 1.0}, version=1)
+        desk.composer.sampled(group.id, 3, 90, 0)
+        reports: list[Any] = []
+        desk.ledger.on_end = lambda *event: reports.append(desk.composer.ended(*event))
+        desk.compose(3)
+        desk.ledger.trained(3)
+        assert reports[0] is None and reports[1].submitted == 4
+        assert reports[1].ratio == 10 / (120 / 4) and reports[1].biased
 
     virtual(main())
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
+from audit import WatchedBudget
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from schedules import Fault, Schedule, WatchedBudget, World, lags, num_tokens, play, recipe, sample, stale_tokens
+from schedules import Fault, Schedule, World, lags, num_tokens, play, recipe, sample, stale_tokens
 
 from async_rl.errors import UserError
 from async_rl.ledger import inspection, records
@@ -187,7 +188,8 @@ def test_a_crash_around_the_end_of_a_step_and_its_checkpoint(after_ms: float) ->
 @pytest.mark.parametrize(("checkpoint", "steps_known"), [(0, 2), (3, 2)])
 def test_a_checkpoint_that_does_not_belong_to_the_ledger_is_refused(checkpoint: int, steps_known: int) -> None:
     """Its rollouts are deleted, or were never sampled: rather no run than one that trains on something else."""
-    disk = {records.RUN: records.encode(RunRecord(epoch=1, lineage=1, checkpoint=2, best_known_version=steps_known))}
+    run_record = RunRecord(epoch=1, lineage=1, checkpoint=2, best_known_version=steps_known)
+    disk = {records.RUN: records.encode(records.RUN, run_record)}
     with pytest.raises(BaseExceptionGroup) as caught:
         run_virtual(play(Schedule(recipe()), disk=disk, checkpoint=checkpoint))
     errors = caught.value.subgroup(UserError)
