@@ -509,7 +509,7 @@ OPS: dict[str, Callable[[Case, Case], Case]] = {
         "capacity": capacity(
             steps_ahead=i["eta"],
             version=i["version"],
-            groups_per_step=i["batch"],
+            per_step=i["batch"],
             consumed=i["accepted"],
             running=i["running"],
             max_concurrent=i["max_concurrent"],
