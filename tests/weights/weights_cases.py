@@ -20,7 +20,7 @@ from async_rl.weights.process_group import ProcessGroupReceiver
 from async_rl.weights.receiver import Receiver
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsFailed, WeightsId
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 SMALL = Layout((Entry("a.weight", (3, 5), torch.float32, 0), Entry("b.weight", (7,), torch.float32, 64)))
 LARGE = Layout((Entry("a.weight", (5 << 20,), torch.float32, 0), Entry("b.weight", (3,), torch.float32, 20 << 20)))
 """20 MB: two buckets."""
