@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,11 +19,13 @@ from async_rl.algorithms.mismatch import mismatch
 from async_rl.batching.plan import plan
 from async_rl.config import Run
 from async_rl.doctor.diagnosis import Draws, Gap
-from async_rl.learner.batch import PackedMicroBatch, flatten, pack
+from async_rl.learner.batch import flatten, pack
 from async_rl.learner.checkpoint import no_progress_bars
 from async_rl.learner.distributed import choose_device
 from async_rl.learner.logprobs import token_logprobs
-from async_rl.learner.packed_attention import run_packed, shares_prefixes, use_packed_attention
+from async_rl.learner.packed_attention import shares_prefixes
+from async_rl.learner.packing import move
+from async_rl.learner.policy import PackedPolicy
 from async_rl.models.loading import build_model
 from async_rl.stages.episodes import Group
 from async_rl.wire.messages import MicroBatches, TrainRollout, VersionSpan
@@ -144,8 +146,6 @@ class Recomputation:
         with no_progress_bars():
             self.model = build_model(run.model, seed=run.seed, dtype=torch.float32)
         self.model.to(self._device)  # pyright: ignore[reportArgumentType]
-        self.model.eval()
-        use_packed_attention(self.model)
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Group], dtype: str) -> Recomputed:
@@ -165,11 +165,12 @@ class Recomputation:
         step = flatten(MicroBatches(LATER, LATER, rollouts, planned))
         low = torch.bfloat16 if dtype == "bfloat16" else None
         share = shares_prefixes(self._device)
-        parts = [pack(step, chosen, share_prompts=share).to(self._device) for chosen in planned[0] if chosen]
+        parts = [move(pack(step, chosen, share_prompts=share), self._device) for chosen in planned[0] if chosen]
+        policy = PackedPolicy(self.model, dtype=dtype)
         return Recomputed(
-            hidden_KH=torch.cat([self._hidden(part, low) for part in parts]),
+            hidden_KH=torch.cat([policy.hidden(part.tokens) for part in parts]),
             weight_VH=cast(nn.Linear, self.model.get_output_embeddings()).weight.detach(),
-            target_K=torch.cat([part.target_K for part in parts]),
+            target_K=torch.cat([part.tokens.target_K for part in parts]),
             engine_K=torch.cat([part.behaviour_K for part in parts]),
             first_K=torch.cat([part.version_K == FIRST for part in parts]),
             low=low,
@@ -187,11 +188,6 @@ class Recomputation:
         finally:
             with torch.no_grad():
                 parameter.copy_(kept)
-
-    def _hidden(self, part: PackedMicroBatch, low: torch.dtype | None) -> Tensor:
-        with torch.autocast(self._device.type, low) if low else nullcontext():
-            hidden_TH = run_packed(self.model, part.input_1T, part.position_1T, part.families)
-        return hidden_TH.index_select(0, part.predictor_K)
 
 
 def _marked(sequence: WireSequence) -> WireSequence:

@@ -36,10 +36,10 @@ def batch_metrics(step: StepBatch, max_staleness: int) -> dict[str, float]:
         "compared_with_min": float(others_N.min(initial=step.num_rollouts)) if len(others_N) else 0.0,
         "samples": float(step.num_rollouts),
         "tokens": float(step.trainable_tokens),
-        "tokens_read": float(step.fed_S.sum()),
+        "tokens_read": float(step.sequences.fed_S.sum()),
         "completion_length_mean": float(tokens_N.mean()) if len(tokens_N) else 0.0,
-        "sequence_length_mean": float(step.length_S.mean()) if len(step.length_S) else 0.0,
-        "sequence_length_max": float(step.length_S.max(initial=0)),
+        "sequence_length_mean": float(step.sequences.length_S.mean()) if len(step.sequences.length_S) else 0.0,
+        "sequence_length_max": float(step.sequences.length_S.max(initial=0)),
     }
 
 

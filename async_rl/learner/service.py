@@ -14,7 +14,7 @@ from torch import Tensor
 
 from async_rl.config import Run
 from async_rl.errors import ProtocolError
-from async_rl.learner.step import Abandoned
+from async_rl.learner.optimisation import Abandoned
 from async_rl.learner.trainer import Learner
 from async_rl.telemetry.activity import Tracker
 from async_rl.wire.messages import (

@@ -30,7 +30,9 @@ from async_rl.errors import ProtocolError, UserError
 from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
 from async_rl.learner.distributed import Ranks, choose_device
-from async_rl.learner.step import Abandoned, TrainStep, ignored, never
+from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
+from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.step import TrainStep
 from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.models.parameters import Layout
@@ -66,13 +68,14 @@ class Learner:
             self.model = build_model(source, seed=run.seed, dtype=torch.float32)
         self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
         self.layout: Layout = wire_layout(run, self.model)
-        self._optimizer = _adamw(run, self.model.parameters())
-        self._step = TrainStep(run, self.model, self._optimizer, build_objective(run.algorithm), self.ranks)
+        policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
+        self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
+        self._step = TrainStep(run, policy, self._optimisation, build_objective(run.algorithm), self.ranks)
         if found is None:
             torch.manual_seed(run.seed)
         else:
             path, position = found
-            checkpoint.restore(path, self.model, self._optimizer)
+            checkpoint.restore(path, self.model, self._optimisation.optimizer)
             self.version, self.lineage = position.version, position.lineage
             self.resumed_from = WeightsId(position.lineage, position.version)
 
@@ -100,7 +103,7 @@ class Learner:
 
         Raises:
             ProtocolError: the batch is not that of the next step, or breaks the wire contract.
-            step.Abandoned: `abandon` said so; version and weights are as before.
+            optimisation.Abandoned: `abandon` said so; version and weights are as before.
         """
         if self.ranks.size > 1 and self.ranks.rank == 0:
             self.ranks.broadcast_bytes(commands.encode(commands.Train(batch)))
@@ -122,7 +125,9 @@ class Learner:
             return None
         position = checkpoint.Position(self.version, self.lineage, self.version, self._run.seed)
         keep = self._run.checkpoint.keep
-        return checkpoint.save(self._directory, position, self.model, self.tokenizer, self._optimizer, keep)
+        return checkpoint.save(
+            self._directory, position, self.model, self.tokenizer, self._optimisation.optimizer, keep
+        )
 
     def keep_alive(self) -> None:
         """Rank 0, while it waits for a batch: at least every few minutes, so that the other ranks know it lives."""
@@ -168,15 +173,3 @@ def _release_free_memory() -> None:
     SmolLM2 grew by half within forty steps."""
     with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _adamw(run: Run, parameters: object) -> torch.optim.AdamW:
-    o = run.optimizer
-    return torch.optim.AdamW(
-        parameters,  # pyright: ignore[reportArgumentType]
-        lr=o.learning_rate,
-        betas=o.betas,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        fused=True,
-    )

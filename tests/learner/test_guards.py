@@ -18,7 +18,8 @@ from async_rl.algorithms.objective import Objective
 from async_rl.config import Algorithm, Optimizer, Staleness
 from async_rl.errors import ProtocolError, UserError
 from async_rl.learner.distributed import Ranks
-from async_rl.learner.step import Abandoned, StalenessViolated, learning_rate
+from async_rl.learner.optimisation import Abandoned, learning_rate
+from async_rl.learner.step import StalenessViolated
 from async_rl.learner.trainer import Learner
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
 

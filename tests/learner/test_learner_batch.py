@@ -29,10 +29,10 @@ def test_equal_lengths_are_one_block_and_the_tail_is_not_fed() -> None:
     rollouts = [rollout(0, 0, 6, (3, 5, 1)), rollout(0, 1, 9, (5, 9, 1)), rollout(0, 2, 5, (4, 5, 0))]
     microbatch = pack(flatten(message(rollouts)), [1, 2, 0])
     own = Family(0, (Block(2, 4), Block(1, 8)))
-    assert microbatch.families == (own,)  # up to the token before the last trainable one
-    assert microbatch.input_1T.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]]
-    assert torch.equal(microbatch.position_1T, microbatch.input_1T)
-    assert microbatch.target_K.tolist() == [4, 3, 4, 5, 6, 7, 8]
+    assert microbatch.tokens.families == (own,)  # up to the token before the last trainable one
+    assert microbatch.tokens.input_1T.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]]
+    assert torch.equal(microbatch.tokens.position_1T, microbatch.tokens.input_1T)
+    assert microbatch.tokens.target_K.tolist() == [4, 3, 4, 5, 6, 7, 8]
     assert microbatch.sample_K.tolist() == [1, 2, 2, 0, 0, 0, 0]
     assert microbatch.version_K.tolist() == [0, 1, 1, 1, 1, 1, 1]
     assert microbatch.rollout_n.tolist() == [1, 2, 0]
@@ -47,13 +47,13 @@ def test_a_common_prompt_is_fed_once() -> None:
         rollout(0, 2, 4, (3, 4, 1)),
     ]
     microbatch = pack(flatten(message(rollouts)), range(4))
-    assert microbatch.families == (Family(0, (Block(1, 5),)), Family(3, (Block(1, 1), Block(1, 2))))
-    assert microbatch.input_1T.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 4]]
-    assert torch.equal(microbatch.position_1T, microbatch.input_1T)
+    assert microbatch.tokens.families == (Family(0, (Block(1, 5),)), Family(3, (Block(1, 1), Block(1, 2))))
+    assert microbatch.tokens.input_1T.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 4]]
+    assert torch.equal(microbatch.tokens.position_1T, microbatch.tokens.input_1T)
     assert microbatch.sample_K.tolist() == [1, 1, 1, 3, 2, 2, 0, 0, 0]
-    assert microbatch.target_K.tolist() == [3, 4, 5, 3, 3, 4, 3, 4, 5]
-    assert microbatch.predictor_K.tolist() == [2, 3, 4, 7, 7, 8, 7, 9, 10]
-    assert pack(flatten(message(rollouts)), range(4), share_prompts=False).input_1T.shape == (1, 17)
+    assert microbatch.tokens.target_K.tolist() == [3, 4, 5, 3, 3, 4, 3, 4, 5]
+    assert microbatch.tokens.predictor_K.tolist() == [2, 3, 4, 7, 7, 8, 7, 9, 10]
+    assert pack(flatten(message(rollouts)), range(4), share_prompts=False).tokens.input_1T.shape == (1, 17)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 16))
@@ -62,8 +62,8 @@ def test_every_sampled_token_is_trained_on_once(seed: int, take: int) -> None:
     step = flatten(message(rollouts))
     chosen = np.random.default_rng(seed).permutation(16)[:take].tolist()
     microbatch = pack(step, chosen)
-    assert sum(family.tokens for family in microbatch.families) == microbatch.input_1T.shape[1]
-    for family in microbatch.families:
+    assert sum(family.tokens for family in microbatch.tokens.families) == microbatch.tokens.input_1T.shape[1]
+    for family in microbatch.tokens.families:
         lengths = [block.length for block in family.blocks]
         assert lengths == sorted(set(lengths)) and 0 not in lengths
     expected = sorted(
@@ -73,7 +73,7 @@ def test_every_sampled_token_is_trained_on_once(seed: int, take: int) -> None:
         for span in s.spans
         for t in range(span.start, span.end)
     )
-    columns = (microbatch.sample_K, microbatch.target_K, microbatch.behaviour_K, microbatch.version_K)
+    columns = (microbatch.sample_K, microbatch.tokens.target_K, microbatch.behaviour_K, microbatch.version_K)
     assert sorted(zip(*(column.tolist() for column in columns), strict=True)) == expected
 
 

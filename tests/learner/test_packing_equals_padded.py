@@ -28,7 +28,7 @@ from async_rl.wire.messages import TrainRollout
 def padded_logits(model: PreTrainedModel, step: StepBatch, rollouts: list[TrainRollout]) -> Tensor:
     """[S, L, V] of a right-padded batch."""
     sequences = [np.frombuffer(s.tokens, "<i4").astype(np.int64) for rollout in rollouts for s in rollout.sequences]
-    ids = torch.zeros(len(sequences), int(step.length_S.max()), dtype=torch.long)
+    ids = torch.zeros(len(sequences), int(step.sequences.length_S.max()), dtype=torch.long)
     attended = torch.zeros_like(ids)
     for row, tokens in enumerate(sequences):
         ids[row, : len(tokens)], attended[row, : len(tokens)] = torch.from_numpy(tokens), 1
@@ -121,9 +121,11 @@ def test_log_probs_and_entropy(kind: str) -> None:
     with torch.no_grad():
         log_p_SLV = padded_logits(model, step, rollouts).log_softmax(-1)
         use_packed_attention(model)
-        hidden_TH = run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.families)
+        hidden_TH = run_packed(
+            model, microbatch.tokens.input_1T, microbatch.tokens.position_1T, microbatch.tokens.families
+        )
         weight_VH = model.get_output_embeddings().weight
-        found = token_logprobs(hidden_TH[microbatch.predictor_K], weight_VH, microbatch.target_K)
+        found = token_logprobs(hidden_TH[microbatch.tokens.predictor_K], weight_VH, microbatch.tokens.target_K)
     expected: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     row = 0
     for index, rollout in enumerate(rollouts):
@@ -136,8 +138,8 @@ def test_log_probs_and_entropy(kind: str) -> None:
                     expected.setdefault((index, token), []).append((behaviour, float(log_p_V[token]), entropy))
             row += 1
     got: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
-    for k in range(len(microbatch.target_K)):
-        key = int(microbatch.sample_K[k]), int(microbatch.target_K[k])
+    for k in range(len(microbatch.tokens.target_K)):
+        key = int(microbatch.sample_K[k]), int(microbatch.tokens.target_K[k])
         got.setdefault(key, []).append(
             (float(microbatch.behaviour_K[k]), float(found.logp_K[k]), float(found.entropy_K[k]))
         )
@@ -188,4 +190,4 @@ def test_sequences_longer_than_a_sliding_window_are_refused() -> None:
     use_packed_attention(model)
     microbatch = pack(flatten(message(ragged_rollouts(seed=1))), [0, 1, 2])
     with pytest.raises(ValueError, match="sliding window of 4"):
-        run_packed(model, microbatch.input_1T, microbatch.position_1T, microbatch.families)
+        run_packed(model, microbatch.tokens.input_1T, microbatch.tokens.position_1T, microbatch.tokens.families)

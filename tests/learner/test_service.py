@@ -13,8 +13,8 @@ from learner_cases import message, ragged_rollouts, tiny_run
 from torch import Tensor
 
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.optimisation import ignored, never
 from async_rl.learner.service import LearnerService
-from async_rl.learner.step import ignored, never
 from async_rl.learner.trainer import Learner
 from async_rl.wire.codec import training_stream
 from async_rl.wire.memory import MemoryServer

@@ -1,0 +1,50 @@
+"""The policy as one module: packed tokens in, log-probs and entropy of the trained ones out.
+
+Head and body are one module, because whoever shards its parameters has to gather those of both around one forward.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from async_rl.learner.logprobs import TokenLogprobs, token_logprobs
+from async_rl.learner.packed_attention import run_packed, use_packed_attention
+from async_rl.learner.packing import PackedTokens
+
+
+class PackedPolicy(nn.Module):
+    """Not in training mode: without dropout, log-probs are those of the policy that samples."""
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, dtype: str = "float32") -> None:
+        """temperature: logits are divided by it, as by who sampled. dtype: of the matrix products (autocast); the
+        parameters keep theirs."""
+        super().__init__()
+        self.model = model
+        self._temperature = temperature
+        self._low = torch.bfloat16 if dtype == "bfloat16" else None
+        self.eval()
+        use_packed_attention(model)
+
+    def forward(self, tokens: PackedTokens) -> TokenLogprobs:
+        """[K] each, float32."""
+        if not len(tokens.target_K):
+            nothing = torch.zeros(0, device=tokens.target_K.device)
+            return TokenLogprobs(nothing, nothing)
+        return token_logprobs(
+            self.hidden(tokens),
+            cast(nn.Linear, self.model.get_output_embeddings()).weight,
+            tokens.target_K,
+            temperature=self._temperature,
+            dtype=self._low,
+        )
+
+    def hidden(self, tokens: PackedTokens) -> Tensor:
+        """[K, H] after the last norm, at the positions that predict the trained tokens."""
+        with torch.autocast(tokens.input_1T.device.type, self._low) if self._low else nullcontext():
+            hidden_TH = run_packed(self.model, tokens.input_1T, tokens.position_1T, tokens.families)
+        return hidden_TH.index_select(0, tokens.predictor_K)
