@@ -56,6 +56,20 @@ class Sequences:
         prompt_S[sequence_K[::-1]] = offset_K[::-1]
         return cls(tokens_A, trained_A, length_S, start_S, fed_S, prompt_S)
 
+    @classmethod
+    def ending(cls, tokens_A: Int32s, length_S: Ints, prompt_S: Ints) -> Sequences:
+        """Sequences that are read at their last token, as a reward model does: a token that stands for the score
+        follows each, and what would predict it is at `PackedTokens.predictor_K`.
+
+        prompt_S: tokens, at most the length, that may be fed once for several sequences (see `families`).
+        """
+        end_S = np.cumsum(length_S + 1) - 1
+        scored_A = np.zeros(int(length_S.sum()) + len(length_S), np.bool_)
+        scored_A[end_S] = True
+        ended_A = np.zeros(len(scored_A), np.int32)
+        ended_A[~scored_A] = tokens_A
+        return dataclasses.replace(cls.of(ended_A, scored_A, length_S + 1), prompt_S=prompt_S)
+
 
 T = TypeVar("T")
 

@@ -27,12 +27,13 @@ SUPPORTED = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": 
 """model_type -> architecture. The embedded engine knows how to run these."""
 
 
-def load_config(model: Model) -> PreTrainedConfig:
-    """Raises UserError, in one line, when there is no model or it is of an architecture we do not support."""
+def load_config(model: Model, *, field: str = "model.path") -> PreTrainedConfig:
+    """Raises UserError, in one line that names `field`, when there is no model or it is of an architecture we do not
+    support."""
     if model.tiny is not None:
         return tiny_config(model.tiny)
-    config: PreTrainedConfig = _read(model, "config", AutoConfig.from_pretrained)
-    check_supported(config, f"model.path = {model.path!r}")
+    config: PreTrainedConfig = read(model, "config", AutoConfig.from_pretrained, field)
+    check_supported(config, f"{field} = {model.path!r}")
     return config
 
 
@@ -47,7 +48,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if model.tiny is not None:
         return tiny_tokenizer(model.tiny)
     load_config(model)  # a wrong path is reported the same way, whatever is loaded first
-    return _read(model, "tokenizer", AutoTokenizer.from_pretrained)
+    return read(model, "tokenizer", AutoTokenizer.from_pretrained)
 
 
 def load_stop_tokens(model: Model) -> frozenset[int]:
@@ -62,24 +63,27 @@ def load_stop_tokens(model: Model) -> frozenset[int]:
     return frozenset(tokens)
 
 
-def build_model(model: Model, *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_model(
+    model: Model, *, seed: int, dtype: torch.dtype = torch.float32, field: str = "model.path"
+) -> PreTrainedModel:
     """Weights: of the directory, or random ones that depend on `seed` alone. The global RNG is left as it was."""
     if model.tiny is not None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return LlamaForCausalLM(tiny_config(model.tiny)).to(dtype)  # pyright: ignore[reportArgumentType]
-    load_config(model)
-    return _read(model, "weights", AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    load_config(model, field=field)
+    return read(model, "weights", AutoModelForCausalLM.from_pretrained, field, dtype=dtype)
 
 
-def _read(model: Model, what: str, load: Callable[..., Any], **options: Any) -> Any:
+def read(model: Model, what: str, load: Callable[..., Any], field: str = "model.path", **options: Any) -> Any:
+    """`load(path, **options)` from local files alone. Raises UserError naming `field`, the path and what is wrong."""
     if not model.path:
         raise UserError("model = nothing: set exactly one of path and tiny")
     instead = "write the path of a Hugging Face model directory (config.json, tokenizer.json, model.safetensors)"
     if not Path(model.path).is_dir():
-        raise UserError(f"model.path = {model.path!r}: there is no such directory; {instead}")
+        raise UserError(f"{field} = {model.path!r}: there is no such directory; {instead}")
     try:
         return load(model.path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path = {model.path!r}: its {what} cannot be loaded ({reason}); {instead}") from None
+        raise UserError(f"{field} = {model.path!r}: its {what} cannot be loaded ({reason}); {instead}") from None
