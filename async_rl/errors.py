@@ -4,7 +4,7 @@ AsyncRLError
 ├── UserError        input we were given is wrong: one line on stderr, exit code 2
 │   └── MissingExtra an optional package is not installed
 ├── ProtocolError    a peer broke the wire contract (proto/README.md)
-├── IllegalTransition  a rollout was moved along an edge its state machine does not have
+├── IllegalTransition  a rollout, or the turn on a device, was moved along an edge its state machine does not have
 └── LedgerCorrupt    a record on disk does not decode or breaks conservation
 """
 
@@ -31,7 +31,7 @@ class ProtocolError(AsyncRLError):
 
 
 class IllegalTransition(AsyncRLError):
-    """A rollout was asked to take a step its state machine does not have."""
+    """Something was asked to take a step its state machine does not have."""
 
 
 class LedgerCorrupt(AsyncRLError):
