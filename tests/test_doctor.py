@@ -35,6 +35,7 @@ from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Request, Snapshot, Swap
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
+from async_rl.learner.saved_parts import Part
 from async_rl.models.tiny import tiny_config, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,7 +391,7 @@ def test_footprint_against_real_files_and_processes(recipe: Path, tmp_path: Path
     model(torch.tensor([[1, 2]])).logits.sum().backward()
     optimizer.step()
     position = checkpoint.Position(1, 0, 1, 1)
-    path = checkpoint.save(tmp_path, position, model, tiny_tokenizer(TINY), optimizer, keep=1)
+    path = checkpoint.save(tmp_path, position, [Part("", model, optimizer)], tiny_tokenizer(TINY), keep=1)
     tensors = [path / "model.safetensors", path / "optimizer.safetensors"]
     assert estimate.checkpoint == pytest.approx(sum(file.stat().st_size for file in tensors), rel=0.1)
     assert estimate.parameters == model.num_parameters() and estimate.sequence_tokens == 64

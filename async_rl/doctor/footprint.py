@@ -66,7 +66,8 @@ class Footprint(msgspec.Struct, frozen=True):
     def by_device(self, run: Run, generator: torch.device, learner: torch.device) -> dict[str, int]:
         """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""
         processes = run.generator.count + run.learner.ranks
-        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory(run) + STAGING * self.snapshot}
+        copies = STAGING * self.snapshot + self.checkpoint  # a checkpoint is copied first and then written
+        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory(run) + copies}
         for device, amount in (
             (generator, run.generator.count * self.generator),
             (learner, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),

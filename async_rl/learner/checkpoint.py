@@ -2,7 +2,7 @@
 
     checkpoints/v00000100/
         config.json, model.safetensors, tokenizer.json ...   Hugging Face format, fp32, `from_pretrained` loads it
-        optimizer.safetensors    "<parameter name>/<state name>", so that it does not depend on how ranks share the work
+        optimizer.safetensors    see learner.saved_parts, also for the folders of further parts
         rng.safetensors          state of torch's generators
         trainer.json             Position
 
@@ -16,28 +16,33 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from async_rl.errors import AsyncRLError, UserError
+from async_rl.errors import UserError
+from async_rl.learner.saved_parts import (
+    CheckpointCorrupt,
+    Copy,
+    Part,
+    copy_part,
+    read_tensors,
+    restore_part,
+    write_part,
+)
 
 FORMAT = 1
 PARTIAL = ".partial-"
-POSITION_FILE, OPTIMIZER_FILE, RNG_FILE = "trainer.json", "optimizer.safetensors", "rng.safetensors"
+POSITION_FILE, RNG_FILE = "trainer.json", "rng.safetensors"
 NAME = re.compile(r"v(\d{8,})")
-
-
-class CheckpointCorrupt(AsyncRLError):
-    """A checkpoint is there under its final name, but does not hold what it should."""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -53,38 +58,58 @@ class Position(msgspec.Struct, frozen=True):
     format: int = FORMAT
 
 
-def save(
-    directory: Path,
-    position: Position,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Write `directory/vNNNNNNNN`, durable when this returns, and remove all but the newest `keep`.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A checkpoint in host memory: training may go on, and any thread may write it."""
+
+    position: Position
+    copies: list[Copy]
+    generators: dict[str, Tensor]
+    """State of torch's random generators: cpu, and the one of this rank's GPU."""
+    tokenizer: PreTrainedTokenizerBase
+
+
+def take(position: Position, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> Content:
+    """Copy everything, between two steps."""
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    return Content(position, [copy_part(part) for part in parts], generators, tokenizer)
+
+
+def write(directory: Path, content: Content) -> Path:
+    """Write `directory/vNNNNNNNN`, durable when this returns.
 
     A checkpoint of the same version is replaced: the run came here a second time.
 
     Raises:
         UserError: the disk is full.
     """
-    final = directory / f"v{position.version:08d}"
+    final = directory / f"v{content.position.version:08d}"
     partial = directory / f"{PARTIAL}{final.name}-{os.getpid()}"
     with _room(final):
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with no_progress_bars():
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_FILE)
-        save_file(_rng_tensors(), partial / RNG_FILE)
-        (partial / POSITION_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(position), indent=2) + b"\n")
+        for copied in content.copies:
+            write_part(copied, partial)
+        content.tokenizer.save_pretrained(partial)
+        save_file(content.generators, partial / RNG_FILE)
+        position = msgspec.json.format(msgspec.json.encode(content.position), indent=2)
+        (partial / POSITION_FILE).write_bytes(position + b"\n")
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         publish(partial, final)
-    _keep_newest(directory, keep)
     return final
+
+
+def save(
+    directory: Path, position: Position, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, keep: int
+) -> Path:
+    """`take`, `write` and `prune` in one; durable when it returns. Raises as `write` does."""
+    path = write(directory, take(position, parts, tokenizer))
+    prune(directory, keep)
+    return path
 
 
 @contextmanager
@@ -130,7 +155,7 @@ def latest(directory: Path) -> tuple[Path, Position] | None:
     Raises:
         CheckpointCorrupt: its trainer.json is missing, unreadable or of another format.
     """
-    found = _complete(directory)
+    found = complete(directory)
     if not found:
         return None
     path = found[-1]
@@ -153,31 +178,31 @@ def remove_partial(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Optimiser and generator states as they were; the weights are loaded by who builds the model.
+def restore(path: Path, parts: Sequence[Part]) -> None:
+    """Optimiser and generator states as they were; the weights are loaded by who builds the models.
 
     Raises:
-        CheckpointCorrupt: a file is missing or does not belong to this model.
+        CheckpointCorrupt: a file is missing or does not belong to these parts.
     """
-    try:
-        tensors, generators = load_file(path / OPTIMIZER_FILE), load_file(path / RNG_FILE)
-    except Exception as error:  # safetensors raises a type of its own
-        raise CheckpointCorrupt(f"{path}: {error}; remove the directory to continue from an older one") from error
-    named = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        name, _, state = key.rpartition("/")
-        if name not in named:
-            raise CheckpointCorrupt(f"{path}: {OPTIMIZER_FILE} has {name!r}, which this model does not have")
-        parameter = named[name]
-        # AdamW keeps `step` on the CPU unless it is fused on a GPU; the first real step moves it where it wants it
-        place = torch.device("cpu") if state == "step" and parameter.device.type == "cpu" else parameter.device
-        optimizer.state[parameter][state] = tensor.to(place)
-    torch.set_rng_state(generators.pop("cpu"))
-    if torch.cuda.is_available() and generators:
-        torch.cuda.set_rng_state_all([generators[key] for key in sorted(generators)])
+    generators = read_tensors(path / RNG_FILE)
+    for part in parts:
+        restore_part(part, path)
+    torch.set_rng_state(generators["cpu"])
+    if torch.cuda.is_available() and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
 
 
-def _complete(directory: Path) -> list[Path]:
+def prune(directory: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` and the versions in `spared`."""
+    for path in complete(directory)[:-keep]:
+        if int(path.name[1:]) in spared:
+            continue
+        doomed = path.with_name(f"{PARTIAL}old-{path.name}")  # a crash in the middle leaves nothing that looks complete
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def complete(directory: Path) -> list[Path]:
     """Oldest first."""
     if not directory.is_dir():
         return []
@@ -185,30 +210,6 @@ def _complete(directory: Path) -> list[Path]:
         (path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir()),
         key=lambda path: int(path.name[1:]),
     )
-
-
-def _keep_newest(directory: Path, keep: int) -> None:
-    for path in _complete(directory)[:-keep]:
-        doomed = path.with_name(
-            f"{PARTIAL}old-{path.name}"
-        )  # a crash while removing leaves nothing that looks complete
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-        tensors |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-    return tensors
-
-
-def _rng_tensors() -> dict[str, Tensor]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda{index:04d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -72,15 +73,12 @@ class LearnerService:
         self._stopping = threading.Event()
         self._shutdown: asyncio.Future[Shutdown] = self._loop.create_future()
         self._thread = ThreadPoolExecutor(1, "train")
-        self._saved = -1
-        """Version of the newest checkpoint."""
-        self._saved_path = ""
+        self._saving: tuple[int, asyncio.Future[Path]] | None = None
+        """The newest checkpoint, by its version; done when it is durable."""
         self._tokens = 0
 
     async def run(self) -> None:
         learner = self._learner
-        if learner.resumed_from is not None:
-            self._saved = learner.version
         hello = Hello(
             "learner",
             "learner",
@@ -90,7 +88,8 @@ class LearnerService:
             attention_share=learner.attention_share,
         )
         self._transport.send(hello)
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._tasks:
+            tasks = self._tasks
             serving = tasks.create_task(self._serve(), name="training stream")
             welcome = await self._welcome
             learner.begin(welcome.lineage)
@@ -116,9 +115,9 @@ class LearnerService:
             activity = self._tracker.activity(self._tokens)
             self._transport.send(StepDone(batch.step, self._learner.weights, metrics, activity))
             if self._learner.version % self._config.checkpoint.every_steps == 0:
-                await self._save()
+                await self._begin_checkpoint()
         if (await self._shutdown).checkpoint:
-            await self._save()
+            await self._finish_checkpoint()
 
     def _train(self, batch: MicroBatches) -> dict[str, float]:
         """On the training thread."""
@@ -146,11 +145,27 @@ class LearnerService:
         finally:
             getting.cancel()
 
-    async def _save(self) -> None:
-        if self._saved != self._learner.version:
-            path = await self._in_thread("checkpoint", self._learner.save_checkpoint)
-            self._saved, self._saved_path = self._learner.version, str(path)
-        self._transport.send(CheckpointSaved(self._saved, self._saved_path))
+    async def _begin_checkpoint(self) -> asyncio.Future[Path]:
+        """Copied when this returns; written, and the controller told so, while training goes on."""
+        version = self._learner.version
+        writing: Future[Path] = await self._in_thread("checkpoint", self._learner.begin_checkpoint)
+        saved = asyncio.wrap_future(writing)
+        self._saving = version, saved
+        self._tasks.create_task(self._tell_when_saved(version, saved), name=f"checkpoint {version}")
+        return saved
+
+    async def _finish_checkpoint(self) -> None:
+        """The last one, of the weights of now. It is told again if it was told before: now it is waited for."""
+        version, path = self._learner.version, ""
+        if self._saving is not None and self._saving[0] == version:
+            path = await self._saving[1]
+        elif self._learner.resumed_from is None or self._learner.resumed_from.version != version:
+            path = await (await self._begin_checkpoint())
+        self._transport.send(CheckpointSaved(version, str(path)))
+
+    async def _tell_when_saved(self, version: int, saved: asyncio.Future[Path]) -> None:
+        path = await saved
+        self._transport.send(CheckpointSaved(version, str(path)))
 
     def _request(self, step: int) -> None:
         if self._requested < step < self._config.steps:

@@ -6,7 +6,7 @@
     else:
         metrics = learner.train(batch)            # a MicroBatches message
         publisher.publish(learner.weights, learner.snapshot)
-        learner.save_checkpoint()
+        saved = learner.begin_checkpoint()        # a future: it is written while training goes on
         learner.close()
 
 All methods block and belong in one thread at a time; none of them knows the wire.
@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -29,9 +30,11 @@ from async_rl.config import Algorithm, Model, Run
 from async_rl.errors import ProtocolError, UserError
 from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
+from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.saved_parts import Part
 from async_rl.learner.step import TrainStep
 from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
@@ -47,21 +50,22 @@ class Learner:
 
     Raises:
         UserError: the recipe's algorithm, device or model is wrong.
-        checkpoint.CheckpointCorrupt: the newest checkpoint cannot be read.
+        saved_parts.CheckpointCorrupt: the newest checkpoint cannot be read.
     """
 
     def __init__(self, run: Run, run_directory: Path, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks.start(choose_device(run.learner.device))
         self._owns_ranks = ranks is None
         self._run = run
-        self._directory = run_directory / CHECKPOINTS
+        directory = run_directory / CHECKPOINTS
+        self._writer = CheckpointWriter(directory, run.checkpoint)
         self.version = 0
         self.lineage = 0
         """Of the weights from now on: the controller's HelloAck decides it (`begin`)."""
         self.resumed_from: WeightsId | None = None
         if self.ranks.rank == 0:
-            checkpoint.remove_partial(self._directory)
-        found = checkpoint.latest(self._directory)
+            checkpoint.remove_partial(directory)
+        found = checkpoint.latest(directory)
         source = run.model if found is None else Model(path=str(found[0]))
         self.tokenizer = load_tokenizer(source)
         with checkpoint.no_progress_bars():
@@ -70,12 +74,14 @@ class Learner:
         self.layout: Layout = wire_layout(run, self.model)
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
         self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
+        self.parts = [Part("", self.model, self._optimisation.optimizer)]
+        """What checkpoints hold."""
         self._step = TrainStep(run, policy, self._optimisation, build_objective(run.algorithm), self.ranks)
         if found is None:
             torch.manual_seed(run.seed)
         else:
             path, position = found
-            checkpoint.restore(path, self.model, self._optimisation.optimizer)
+            checkpoint.restore(path, self.parts)
             self.version, self.lineage = position.version, position.lineage
             self.resumed_from = WeightsId(position.lineage, position.version)
 
@@ -119,15 +125,18 @@ class Learner:
         """Copy the weights into `out` ([layout.nbytes] uint8), as the wire wants them; `Publisher.publish` calls it."""
         self.layout.pack(self.model.named_parameters(), out)
 
-    def save_checkpoint(self) -> Path | None:
-        """Durable when it returns. Rank 0 writes, the others return None: they hold the same."""
-        if self.ranks.rank > 0:
-            return None
+    def begin_checkpoint(self) -> Future[Path]:
+        """Rank 0: copy everything, then write it in the background. The future is done when it is durable.
+
+        Raises:
+            UserError: the former checkpoint could not be written, or takes too long.
+        """
         position = checkpoint.Position(self.version, self.lineage, self.version, self._run.seed)
-        keep = self._run.checkpoint.keep
-        return checkpoint.save(
-            self._directory, position, self.model, self.tokenizer, self._optimisation.optimizer, keep
-        )
+        return self._writer.begin(lambda: checkpoint.take(position, self.parts, self.tokenizer))
+
+    def save_checkpoint(self) -> Path:
+        """`begin_checkpoint`, and wait for it."""
+        return self.begin_checkpoint().result()
 
     def keep_alive(self) -> None:
         """Rank 0, while it waits for a batch: at least every few minutes, so that the other ranks know it lives."""
@@ -147,7 +156,8 @@ class Learner:
                     continue
 
     def close(self) -> None:
-        """Let the other ranks go and leave torch.distributed."""
+        """Finish a checkpoint that is being written, let the other ranks go and leave torch.distributed."""
+        self._writer.close()
         if self.ranks.size > 1 and self.ranks.rank == 0:
             self.ranks.broadcast_bytes(commands.encode(commands.Stop()))
         if self._owns_ranks:

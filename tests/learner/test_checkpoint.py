@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -14,10 +16,13 @@ import torch
 from learner_cases import message, ragged_rollouts, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from async_rl.config import Checkpoint, Optimizer
-from async_rl.learner import checkpoint
+from async_rl.config import Checkpoint, Model, Optimizer
+from async_rl.errors import UserError
+from async_rl.learner import checkpoint, checkpoint_writer
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.saved_parts import CheckpointCorrupt, Part
 from async_rl.learner.trainer import CHECKPOINTS, Learner
+from async_rl.models.loading import build_model
 from async_rl.wire.messages import WeightsId
 
 
@@ -47,7 +52,6 @@ def test_resume_equals_never_stopping(ranks: Ranks, tmp_path: Path) -> None:
     assert second.resumed_from == second.weights == WeightsId(7, 3)
     assert before + train(second, 3) == expected
     assert torch.equal(snapshot(second), snapshot(straight))
-    assert path is not None
     assert msgspec.json.decode((path / "trainer.json").read_bytes()) == {
         "version": 3, "lineage": 7, "ledger_position": 3, "seed": run.seed, "format": 1,
     }  # fmt: skip
@@ -86,12 +90,85 @@ def test_only_the_newest_are_kept(ranks: Ranks, tmp_path: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["v00000002", "v00000003"]
 
 
+def test_every_part_has_a_folder(ranks: Ranks, tmp_path: Path) -> None:
+    """Another module that is trained beside the policy, and one that only has to be there again."""
+    run = tiny_run()
+    learner = Learner(run, tmp_path, ranks)
+    critic, reference = (build_model(run.model, seed=seed) for seed in (5, 6))
+    optimizer = torch.optim.AdamW(critic.parameters(), fused=True)
+    critic(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    optimizer.step()
+    learner.parts += [Part("critic", critic, optimizer), Part("reference", reference)]
+    path = learner.save_checkpoint()
+
+    for name, model in (("critic", critic), ("reference", reference)):
+        loaded = build_model(Model(path=str(path / name)), seed=0)
+        for key, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(key)), f"{name}: {key}"
+    again = build_model(Model(path=str(path / "critic")), seed=0)
+    restored = torch.optim.AdamW(again.parameters(), fused=True)
+    checkpoint.restore(path, [Part("critic", again, restored)])
+    for name, parameter in critic.named_parameters():
+        kept, found = optimizer.state[parameter], restored.state[again.get_parameter(name)]
+        assert kept.keys() == found.keys() and all(torch.equal(kept[key], found[key]) for key in kept), name
+    (path / "critic" / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointCorrupt, match="critic"):
+        checkpoint.restore(path, [Part("critic", again, restored)])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the moment it was begun at; the next one waits for it."""
+    learner, straight = (Learner(tiny_run(), tmp_path / name, ranks) for name in "ab")
+    disk = threading.Event()
+    publish = checkpoint.publish
+
+    def slow(partial: Path, final: Path) -> None:
+        assert disk.wait(60)
+        publish(partial, final)
+
+    monkeypatch.setattr(checkpoint, "publish", slow)
+    train(learner, 2)
+    saved = learner.begin_checkpoint()
+    train(learner, 2)
+    assert not saved.done() and checkpoint.latest(tmp_path / "a" / CHECKPOINTS) is None
+
+    monkeypatch.setattr(checkpoint_writer, "WRITE_TIMEOUT_S", 0.01)
+    with pytest.raises(UserError, match=r"checkpoint\.every_steps = 100: the checkpoint before this one is not in"):
+        learner.begin_checkpoint()
+    disk.set()
+    learner.close()
+    assert saved.result().name == "v00000002"
+    train(straight, 2)
+    resumed = Learner(tiny_run(), tmp_path / "a", ranks)
+    assert torch.equal(snapshot(resumed), snapshot(straight))
+    train(resumed, 2)
+    assert torch.equal(snapshot(resumed), snapshot(learner))
+
+
+def test_a_full_disk_is_told_by_the_next_checkpoint(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(tiny_run(), tmp_path, ranks)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    saved = learner.begin_checkpoint()
+    with pytest.raises(UserError, match=r"v00000000: No space left on device: free some"):
+        learner.begin_checkpoint()
+    assert isinstance(saved.exception(), UserError)
+
+
 CRASH = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from learner_cases import tiny_run
 from async_rl.learner import checkpoint
+from async_rl.learner.saved_parts import CheckpointCorrupt, Part
 from async_rl.learner.trainer import Learner
 learner = Learner(tiny_run(), Path(sys.argv[1]))
 learner.version = 1
@@ -119,7 +196,6 @@ def test_a_crash_before_the_rename_leaves_the_previous_one(ranks: Ranks, tmp_pat
 def test_a_crash_while_replacing_brings_the_former_back(ranks: Ranks, tmp_path: Path) -> None:
     learner = Learner(tiny_run(), tmp_path, ranks)
     path = learner.save_checkpoint()
-    assert path is not None
     path.rename(path.with_name(f"{checkpoint.PARTIAL}former-{path.name}"))
     assert checkpoint.latest(path.parent) is None
     checkpoint.remove_partial(path.parent)
@@ -129,10 +205,9 @@ def test_a_crash_while_replacing_brings_the_former_back(ranks: Ranks, tmp_path: 
 def test_a_damaged_checkpoint_is_named(ranks: Ranks, tmp_path: Path) -> None:
     learner = Learner(tiny_run(), tmp_path, ranks)
     path = learner.save_checkpoint()
-    assert path is not None
     (path / "optimizer.safetensors").write_bytes(b"x")
-    with pytest.raises(checkpoint.CheckpointCorrupt, match="v00000000"):
+    with pytest.raises(CheckpointCorrupt, match="v00000000"):
         Learner(tiny_run(), tmp_path, ranks)
     (path / "trainer.json").write_text("{")
-    with pytest.raises(checkpoint.CheckpointCorrupt, match=r"trainer\.json cannot be read"):
+    with pytest.raises(CheckpointCorrupt, match=r"trainer\.json cannot be read"):
         checkpoint.latest(path.parent)

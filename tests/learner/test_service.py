@@ -12,16 +12,19 @@ import pytest
 from learner_cases import message, ragged_rollouts, tiny_run
 from torch import Tensor
 
+from async_rl.config import Checkpoint
+from async_rl.learner import checkpoint
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import ignored, never
 from async_rl.learner.service import LearnerService
-from async_rl.learner.trainer import Learner
+from async_rl.learner.trainer import CHECKPOINTS, Learner
 from async_rl.wire.codec import training_stream
 from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import (
     BatchRequest,
     CheckpointSaved,
     HelloAck,
+    LearnerMessage,
     MicroBatches,
     Shutdown,
     StepDone,
@@ -38,7 +41,11 @@ class NoWeights:
 
     store = ""
 
-    def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None: ...
+    def __init__(self) -> None:
+        self.published: list[int] = []
+
+    def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None:
+        self.published.append(weights.version)
 
     def regroup(self, group: WeightGroup) -> None: ...
 
@@ -108,5 +115,49 @@ def test_the_next_batch_is_asked_for_when_the_last_micro_batch_begins(
         server.send(peer, Shutdown("done", checkpoint=True))
         assert isinstance((await server.receive())[1][0], CheckpointSaved)
         await service
+
+    real(main())
+
+
+def test_steps_and_weights_go_on_while_a_checkpoint_is_written(
+    ranks: Ranks, tmp_path: Path, real: Real, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who generates sees no pause, and is told of a checkpoint when it is durable, not before."""
+    disk, publish = threading.Event(), checkpoint.publish
+
+    def slow(partial: Path, final: Path) -> None:
+        assert disk.wait(60)
+        publish(partial, final)
+
+    monkeypatch.setattr(checkpoint, "publish", slow)
+    run = tiny_run(steps=3, checkpoint=Checkpoint(every_steps=2))
+
+    async def main() -> None:
+        server, publisher = MemoryServer(training_stream()), NoWeights()
+        server.epoch = 1
+        learner = Learner(run, tmp_path, ranks)
+        service = asyncio.create_task(LearnerService(run, learner, publisher, server.connect()).run())
+        peer, _ = await server.receive()
+        server.send(peer, HelloAck("learner", heartbeat_s=60.0))
+        told: list[LearnerMessage] = []
+
+        async def until(kind: type) -> None:
+            while not any(isinstance(message, kind) for message in told):
+                told.extend((await server.receive())[1])
+
+        for step in range(3):
+            server.send(peer, message(ragged_rollouts(seed=step), step=step))
+            await until(StepDone)
+            assert not any(isinstance(message, CheckpointSaved) for message in told)
+            told.clear()
+        assert publisher.published == [0, 1, 2, 3] and checkpoint.latest(tmp_path / CHECKPOINTS) is None
+        disk.set()
+        await until(CheckpointSaved)
+        assert told[-1] == CheckpointSaved(2, str(tmp_path / CHECKPOINTS / "v00000002"))
+        told.clear()
+        server.send(peer, Shutdown("done", checkpoint=True))
+        await until(CheckpointSaved)
+        await service
+        assert CheckpointSaved(3, str(tmp_path / CHECKPOINTS / "v00000003")) in told
 
     real(main())
