@@ -5,6 +5,9 @@ gaps, so that the step works on slices and copies nothing. Per token the host do
 in tensors until a sequence ends, and which weights sampled which token follows from the ticks of the swaps
 (engines.versions).
 
+Before the first swap nothing is on the device, and after `release` nothing is again: what was sampled then lies in host
+memory, and the next swap puts it back and computes the KV cache anew under its weights.
+
 N sequences or tokens, P prompts, V vocabulary.
 """
 
@@ -98,6 +101,7 @@ class Batcher:
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
         self._run_allowance = RUN_ALLOWANCE.get(device.type, RUN_ALLOWANCE["cuda"])
         self._live: DecoderWeights | None = None
+        """None: nothing is on the device."""
         self._versions = VersionLog()
         self._tick = 0
         self._waiting = Waiting()
@@ -115,14 +119,14 @@ class Batcher:
             dtype=dtype,
             device=device,
         )
-        self._indices = torch.arange(slots, device=device)
-        self._positions = torch.arange(self.max_length, device=device)
-        self._state = torch.zeros((STOPS + 1, slots), dtype=torch.int64, device=device)
+        self._indices = torch.arange(slots)
+        self._positions = torch.arange(self.max_length)
+        self._state = torch.zeros((STOPS + 1, slots), dtype=torch.int64)
         self._state[STOPS:] = NO_TOKEN
-        self._temperature = torch.ones(slots, device=device)
-        self._greedy = torch.zeros(slots, dtype=torch.bool, device=device)
-        self._tokens = torch.empty((slots, self.max_length), dtype=torch.int32, device=device)
-        self._logprobs = torch.empty((slots, self.max_length), dtype=torch.float32, device=device)
+        self._temperature = torch.ones(slots)
+        self._greedy = torch.zeros(slots, dtype=torch.bool)
+        self._tokens = torch.empty((slots, self.max_length), dtype=torch.int32)
+        self._logprobs = torch.empty((slots, self.max_length), dtype=torch.float32)
 
     # --- what a caller does ---------------------------------------------------------------------------------
 
@@ -157,12 +161,25 @@ class Batcher:
         """A set of weights ready for `swap`. Slow, and safe to call from another thread while steps run."""
         return self._decoder.prepare(tensors)
 
+    @torch.inference_mode()
     def swap(self, weights: WeightsId, prepared: DecoderWeights) -> None:
-        """Every token from the next step on is sampled with these weights; sequences in flight keep their KV."""
+        """Every token from the next step on is sampled with these weights. Sequences in flight keep their KV; after a
+        `release` it is computed anew."""
+        was_released = self._live is None
         self._live = prepared
         self.weights = weights
-        self._versions.swap(self._tick, weights.version)
+        self._versions.swap(self._tick, weights.version, recomputed=was_released)
         self._computed = None  # a new sequence never attends to KV of older weights
+        if was_released:
+            self._move(self._device)
+            self._recompute(prepared)
+
+    @torch.inference_mode()
+    def release(self) -> None:
+        """Hold nothing on the device until the next `swap`; sequences in flight keep what they sampled."""
+        self._live = self._computed = None
+        self._cache.release()
+        self._move(torch.device("cpu"))
 
     def sampled(self) -> dict[int, int]:
         """request id -> tokens sampled of it so far; of those in a slot."""
@@ -171,7 +188,7 @@ class Batcher:
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Admit what waits as far as slots and budget allow, then sample one token for every sequence."""
-        assert self._live is not None, "step before the first swap"
+        assert self._live is not None, "step without weights"
         chunks = self._admit(self._live)
         if self._slot_of:
             if self._plan is None:
@@ -198,7 +215,8 @@ class Batcher:
         fresh = [i for i, is_ready in enumerate(ready) if not is_ready]
         prefilled: Iterable[torch.Tensor] = ()
         if fresh:
-            prefilled = self._prefill(live, [admissions[i].prompt for i in fresh], [slots[i] for i in fresh])
+            hidden = self._prefill(live, [admissions[i].prompt for i in fresh], [slots[i] for i in fresh])
+            prefilled = self._decoder.logits(live, hidden)
         logits = dict(zip(fresh, prefilled, strict=True))
         if computed is not None and True in ready:
             i = ready.index(True)
@@ -211,8 +229,9 @@ class Batcher:
                 self._computed = ComputedPrompt(admission.prompt, kv, logits[i])
         return self._enter(admissions, slots, torch.stack([logits[i] for i in range(len(admissions))]))
 
-    def _prefill(self, live: DecoderWeights, prompts: list[Prompt], slots: list[list[int]]) -> torch.Tensor:
-        """KV of every prompt, computed once and written to each of its slots; logits [P, V] after its last token."""
+    def _prefill(self, live: DecoderWeights, prompts: Sequence[Prompt], slots: Sequence[list[int]]) -> torch.Tensor:
+        """KV of every prompt, computed once and written to each of its slots; hidden states [P, C] of its last token.
+        Prompts of one length next to each other attend in one call."""
         lengths = np.array([len(prompt) for prompt in prompts])
         ends = lengths.cumsum()
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
@@ -240,7 +259,25 @@ class Batcher:
 
         tokens = self._tensor([token for prompt in prompts for token in prompt])
         hidden = self._decoder.forward(live, tokens, self._rotations[self._tensor(positions)], attend)
-        return self._decoder.logits(live, hidden[self._tensor(ends - 1)])
+        return hidden[self._tensor(ends - 1)]
+
+    def _recompute(self, live: DecoderWeights) -> None:
+        """The KV cache of the sequences in flight, up to the token before the newest, whose KV the next step writes."""
+        tokens = self._tokens.cpu().numpy()
+        known: list[tuple[Prompt, int]] = []
+        for slot, row in enumerate(self._rows):
+            if row is not None:
+                first, count = len(row.request.prompt), row.sampled(self._tick)
+                known.append((row.request.prompt + tuple(tokens[slot, first : first + count - 1].tolist()), slot))
+        if not known:
+            return
+        known.sort(key=lambda sequence: len(sequence[0]))
+        self._cache.reserve(len(known[-1][0]))
+        while known:
+            ends = np.cumsum([len(sequence) for sequence, _ in known])
+            count = max(1, int(np.searchsorted(ends, self._prefill_tokens, side="right")))
+            self._prefill(live, [sequence for sequence, _ in known[:count]], [[slot] for _, slot in known[:count]])
+            known = known[count:]
 
     def _enter(self, admissions: list[Admission], slots: list[list[int]], logits_PV: torch.Tensor) -> list[Chunk]:
         """Put the requests into their slots and sample the first token of each."""
@@ -392,11 +429,18 @@ class Batcher:
             self._state[:, target] = self._state[:, source]
         return [row for row in rows if row is not None]
 
+    def _move(self, device: torch.device) -> None:
+        """Everything but weights and KV."""
+        self._rotations, self._indices = self._rotations.to(device), self._indices.to(device)
+        self._positions, self._state = self._positions.to(device), self._state.to(device)
+        self._temperature, self._greedy = self._temperature.to(device), self._greedy.to(device)
+        self._tokens, self._logprobs = self._tokens.to(device), self._logprobs.to(device)
+
     def _row(self, slot: int) -> Row:
         row = self._rows[slot]
         assert row is not None
         return row
 
     def _tensor(self, values: Any) -> torch.Tensor:
-        """int64 on the device."""
-        return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+        """int64, where the slots' state is now."""
+        return torch.as_tensor(values, dtype=torch.int64, device=self._state.device)

@@ -78,9 +78,9 @@ class Decoder:
         self._pairs = torch.stack((torch.arange(half), torch.arange(half) + half), dim=1).flatten()
 
     def rotations(self, length: int) -> torch.Tensor:
-        """Complex [length, 1, D/2]: how q and k at each position are turned."""
+        """Complex [length, 1, D/2], on the CPU: how q and k at each position are turned."""
         angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
-        return torch.polar(torch.full_like(angles, self._rotation_scale), angles).unsqueeze(1).to(self.device)
+        return torch.polar(torch.full_like(angles, self._rotation_scale), angles).unsqueeze(1)
 
     @torch.inference_mode()
     def prepare(self, tensors: Mapping[str, torch.Tensor]) -> DecoderWeights:

@@ -1,7 +1,8 @@
 """The engine of a generator process: a `Batcher` driven by one thread that sleeps while there is nothing to sample.
 
 Callers post commands to a queue; the thread carries them out between two decode steps. Weights are cast and fused on
-another thread, so that a swap stalls decoding only while one reference is exchanged.
+another thread, so that a swap stalls decoding only while one reference is exchanged. Nothing is on the device before
+the first weights, nor between `release` and the weights after it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from async_rl.engines.batcher import Batcher
-from async_rl.engines.decoder import DecoderWeights
 from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Request, Snapshot, Swap
 from async_rl.engines.stopwatch import Stopwatch
+from async_rl.models.memory import give_back, held
 from async_rl.wire.messages import WeightsId
 
-CAUSES = ("idle", "engine_step", "swap", "paused")
+CAUSES = ("idle", "engine_step", "swap", "paused", "released")
 
 Command = Callable[[], Sequence[Chunk]]
 """Runs on the engine's thread; what it returns is delivered."""
@@ -59,6 +60,7 @@ class EmbeddedEngine:
             device=torch.device(device),
             prefill_tokens=prefill_tokens,
         )
+        self._device = torch.device(device)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._closed: BaseException | None = None
@@ -66,17 +68,17 @@ class EmbeddedEngine:
         self._ended: Future[None] = Future()
         self._loading = asyncio.Lock()
         self._swapped: Future[Swap] | None = None
-        """The swap that was posted last."""
+        """The swap or release that was posted last."""
         self._stepped_at = float("-inf")
         self._delivered = 0
         """Chunks since the start."""
-        self._paused = False
+        self._paused = self._released = False
         self._thread: threading.Thread | None = None
         self._stopwatch: Stopwatch | None = None
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(max_concurrent=self._batcher.slots, max_length=self._batcher.max_length)
+        return Capabilities(max_concurrent=self._batcher.slots, max_length=self._batcher.max_length, leaves_device=True)
 
     @property
     def weights(self) -> WeightsId | None:
@@ -84,7 +86,7 @@ class EmbeddedEngine:
 
     @property
     def stepped_at(self) -> float:
-        return self._stepped_at
+        return time.monotonic() if self._released else self._stepped_at
 
     def start(self, deliver: Deliver) -> None:
         """Chunks are delivered on the engine's thread, between two steps: hand them over and return."""
@@ -123,10 +125,18 @@ class EmbeddedEngine:
         """
         async with self._loading:
             prepared = await asyncio.to_thread(self._batcher.prepare, snapshot.tensors)
-            swapped: Future[Swap] = Future()
-            self._swapped = swapped
-            self._post(lambda: self._swap(snapshot.weights, prepared, swapped))
-            return await asyncio.wrap_future(swapped)
+            return await self._between_steps(lambda: self._batcher.swap(snapshot.weights, prepared), released=False)
+
+    async def release(self) -> Swap:
+        """After a load in progress. See engines.protocol.Engine."""
+        async with self._loading:
+            return await self._between_steps(self._leave, released=True)
+
+    async def _between_steps(self, work: Callable[[], None], *, released: bool) -> Swap:
+        done: Future[Swap] = Future()
+        self._swapped = done
+        self._post(lambda: self._swap(work, released, done))
+        return await asyncio.wrap_future(done)
 
     def activity(self) -> dict[str, float]:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
@@ -164,12 +174,13 @@ class EmbeddedEngine:
             while True:
                 runnable = self._batcher.has_work and not self._paused
                 if not runnable:
-                    stopwatch.switch("paused" if self._paused else "idle")
+                    stopwatch.switch("released" if self._released else "paused" if self._paused else "idle")
                 try:
                     command = self._commands.get(block=not runnable)
                 except queue.Empty:
                     command = step
                 chunks = command()
+                del command  # while it waits for the next one, weights that it carried can be freed
                 if chunks:
                     self._delivered += len(chunks)
                     deliver(chunks)
@@ -184,21 +195,27 @@ class EmbeddedEngine:
         self._paused = paused
         return ()
 
-    def _swap(self, weights: WeightsId, prepared: DecoderWeights, swapped: Future[Swap]) -> Sequence[Chunk]:
+    def _swap(self, work: Callable[[], None], released: bool, done: Future[Swap]) -> Sequence[Chunk]:
         assert self._stopwatch is not None
-        if not swapped.set_running_or_notify_cancel():
+        if not done.set_running_or_notify_cancel():
             return ()
         self._stopwatch.switch("swap")
         started = time.monotonic()
-        self._batcher.swap(weights, prepared)
-        swapped.set_result(Swap(time.monotonic() - started, self._batcher.sampled(), self._delivered))
+        sampled = self._batcher.sampled()
+        work()
+        self._released = released
+        done.set_result(Swap(time.monotonic() - started, sampled, self._delivered, held(self._device)))
         return ()
+
+    def _leave(self) -> None:
+        self._batcher.release()
+        give_back(self._device)
 
     def _close(self, error: BaseException | None) -> None:
         with self._gate:
             self._closed = error or _Stop()
         if self._swapped is not None and not self._swapped.done():
-            self._swapped.set_exception(RuntimeError("the engine stopped before the weights were live"))
+            self._swapped.set_exception(RuntimeError("the engine stopped before the weights were live or gone"))
         if self._ended.done():
             return
         if error is None:

@@ -25,7 +25,7 @@ from async_rl.engines.stopwatch import Stopwatch
 from async_rl.engines.versions import Entry, VersionLog
 from async_rl.wire.messages import FinishReason, WeightsId
 
-CAUSES = ("idle", "engine_step", "swap", "paused")
+CAUSES = ("idle", "engine_step", "swap", "paused", "released")
 LENGTH_STREAM, LOGPROB_STREAM = 0x4C454E, 0x4C4F47
 """Mixed into a rollout's key for draws other than its tokens."""
 
@@ -81,7 +81,7 @@ class FakeEngine:
         self._allowed: dict[frozenset[int], Int32s] = {}
         """By stop tokens: the others."""
         self._posted: list[Callable[[], list[Chunk]]] = []
-        self._paused = False
+        self._paused = self._released = False
         self._tick = 0
         self._since = 0.0
         """When the last tick ended, or the engine woke without having sampled."""
@@ -101,7 +101,7 @@ class FakeEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(max_concurrent=self._slots, max_length=self._max_length)
+        return Capabilities(max_concurrent=self._slots, max_length=self._max_length, leaves_device=True)
 
     @property
     def weights(self) -> WeightsId | None:
@@ -109,6 +109,8 @@ class FakeEngine:
 
     @property
     def stepped_at(self) -> float:
+        if self._loop is not None and self._released:
+            return self._loop.time()
         if self._loop is None or self._step_s is None:
             return self._stepped_at
         steps = floor((self._loop.time() - self._since) / self._step_s)
@@ -147,6 +149,11 @@ class FakeEngine:
         swapped: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
         self._post(lambda: self._swap(snapshot.weights, swapped))
         return await swapped
+
+    async def release(self) -> Swap:
+        released: asyncio.Future[Swap] = asyncio.get_running_loop().create_future()
+        self._post(lambda: self._leave(released))
+        return await released
 
     def activity(self) -> dict[str, float]:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
@@ -208,14 +215,15 @@ class FakeEngine:
             self._delivered += len(more)
             chunks += more
         frozen = self._frozen_until > self._since
-        if self._weights is not None and not frozen:
+        if self._weights is not None and not frozen and not self._released:
             self._admit()
-        if self._rows and not self._paused and not frozen:
+        if self._rows and not self._paused and not frozen and not self._released:
             self._step_s = self._seconds_per_step + len(self._rows) * self._seconds_per_sequence
             self._stopwatch.switch("engine_step")
         else:
             self._step_s = None
-            self._stopwatch.switch("swap" if frozen else "paused" if self._paused else "idle")
+            resting = "released" if self._released else "paused" if self._paused else "idle"
+            self._stopwatch.switch("swap" if frozen else resting)
         self._set_timer()
         if chunks:
             self._deliver(chunks)
@@ -255,11 +263,21 @@ class FakeEngine:
         if swapped.cancelled():
             return []
         self._weights = weights
-        self._versions.swap(self._tick, weights.version)
+        self._versions.swap(self._tick, weights.version, recomputed=self._released)
+        self._released = False
         self._frozen_until = self._since + self._swap_seconds
-        sampled = {row.request.id: self._tick - row.entry.tick + 1 for row in self._rows.values()}
-        self._loop.call_at(self._frozen_until, _resolve, swapped, Swap(self._swap_seconds, sampled, self._delivered))
+        swap = Swap(self._swap_seconds, self._sampled(), self._delivered)
+        self._loop.call_at(self._frozen_until, _resolve, swapped, swap)
         return []
+
+    def _leave(self, released: asyncio.Future[Swap]) -> list[Chunk]:
+        self._released = True
+        _resolve(released, Swap(0.0, self._sampled(), self._delivered))
+        return []
+
+    def _sampled(self) -> dict[int, int]:
+        """request id -> tokens so far."""
+        return {row.request.id: self._tick - row.entry.tick + 1 for row in self._rows.values()}
 
     # --- what is sampled --------------------------------------------------------------------------------------
 

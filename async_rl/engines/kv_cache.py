@@ -1,4 +1,4 @@
-"""Keys and values of every slot, in one tensor that grows with the longest sequence seen.
+"""Keys and values of every slot, in one tensor that grows with the longest sequence seen, from nothing.
 
 Position-major within a slot ([..., position, keys then values, head size]): a token is written in one contiguous row,
 and a prompt is copied to another slot in one piece.
@@ -24,11 +24,12 @@ class KVCache:
         device: torch.device,
         length: int = 64,
     ) -> None:
+        """`length`: positions that the first `reserve` makes room for at least."""
         self.slots = slots
         self.max_length = max_length
         self._kv_heads = kv_heads
-        length = min(length, max_length)
-        self._store = torch.zeros((layers, slots, length, 2 * kv_heads, head_size), dtype=dtype, device=device)
+        self._least = min(length, max_length)
+        self._store = torch.zeros((layers, slots, 0, 2 * kv_heads, head_size), dtype=dtype, device=device)
 
     @property
     def length(self) -> int:
@@ -39,12 +40,16 @@ class KVCache:
         """Make room for `length` positions per slot; True if that moved the store."""
         if length <= self.length:
             return False
-        grown = min(max(length, 2 * self.length), self.max_length)
+        grown = min(max(length, 2 * self.length, self._least), self.max_length)
         layers, slots, used, heads, size = self._store.shape
         store = self._store.new_zeros((layers, slots, grown, heads, size))
         store[:, :, :used] = self._store
         self._store = store
         return True
+
+    def release(self) -> None:
+        """Forget everything and hold no memory, until the next `reserve`."""
+        self._store = self._store[:, :, :0].clone()
 
     def write(self, layer: int, places_N: torch.Tensor, kv: torch.Tensor) -> None:
         """Store kv [N, 2K, D] at places slot * length + position."""

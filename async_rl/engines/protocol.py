@@ -62,7 +62,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """What an engine knew at the moment at which weights went live, between two decode steps."""
+    """What an engine knew at the moment at which weights went live, or left the device, between two decode steps."""
 
     stall_s: float
     """How long no decode step could run."""
@@ -72,6 +72,8 @@ class Swap:
     delivered: int = 0
     """Chunks the engine had produced since its start. It delivers them in this order, so whoever counts them can tell
     what ended before the swap from what ended after it."""
+    nbytes: int = 0
+    """Of its device, held by the engine's process afterwards: memory reserved on a GPU, the resident set on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class Capabilities:
     swaps_in_flight: bool = True
     seeded: bool = True
     """The counter hash decides every token: repeating a request repeats its tokens."""
+    leaves_device: bool = False
+    """`release` works."""
     max_concurrent: int = 1
     max_length: int = 0
     """Prompt plus completion, tokens; 0 = no bound."""
@@ -108,7 +112,8 @@ class Engine(Protocol):
     @property
     def stepped_at(self) -> float:
         """When the last decode step ended, in seconds of time.monotonic() (of the loop, in virtual time); -inf before
-        the first. An engine that samples moves it on, whether it delivers anything or not."""
+        the first. An engine that samples moves it on, whether it delivers anything or not. Now, while the engine is off
+        its device: no request is late for that."""
         ...
 
     def start(self, deliver: Deliver) -> None: ...
@@ -128,11 +133,17 @@ class Engine(Protocol):
     def resume(self) -> None: ...
 
     async def load_weights(self, snapshot: Snapshot) -> Swap:
-        """Make the snapshot live between two decode steps, with sequences in flight."""
+        """Make the snapshot live between two decode steps, with sequences in flight. After a `release` the engine is
+        back on its device, and the KV cache of sequences in flight is computed anew under these weights."""
+        ...
+
+    async def release(self) -> Swap:
+        """Leave the device between two decode steps: weights and KV cache are freed when it returns, requests keep what
+        they sampled, and nothing is sampled until the next `load_weights`. `weights` stays the last id."""
         ...
 
     def activity(self) -> dict[str, float]:
-        """Exclusive wall seconds by cause since start: `engine_step`, `swap`, `paused`, `idle`."""
+        """Exclusive wall seconds by cause since start: `engine_step`, `swap`, `paused`, `idle`, `released`."""
         ...
 
     async def stop(self) -> None: ...

@@ -27,11 +27,13 @@ class VersionLog:
     """The versions that were live, one small record per swap."""
 
     def __init__(self) -> None:
-        self._swaps: list[tuple[int, int]] = []  # (tick, version): tokens of later ticks were sampled by `version`
+        self._swaps: list[tuple[int, int, bool]] = []
+        """(tick, version, recomputed): tokens of later ticks were sampled by `version`"""
 
-    def swap(self, tick: int, version: int) -> None:
-        """`version` is live from now on; `tick` was the last one before it."""
-        self._swaps.append((tick, version))
+    def swap(self, tick: int, version: int, *, recomputed: bool = False) -> None:
+        """`version` is live from now on; `tick` was the last one before it. recomputed: it has written the whole KV
+        cache anew; else that stays as it was."""
+        self._swaps.append((tick, version, recomputed))
 
     def enter(self, tick: int) -> Entry:
         """A sequence whose token 0 is sampled at `tick`, by the live weights."""
@@ -40,15 +42,16 @@ class VersionLog:
     def spans(self, entry: Entry, first: int, last: int) -> list[VersionSpan]:
         """Spans of tokens [first, last) of a sequence; positions count from `first`."""
         spans: list[VersionSpan] = []
-        start, version = first, entry.version
-        for tick, next_version in self._swaps[entry.swap :]:
+        start, version, kv_version = first, entry.version, entry.version
+        for tick, next_version, recomputed in self._swaps[entry.swap :]:
             boundary = tick + 1 - entry.tick  # the first token after this swap
             if boundary >= last:
                 break
-            if boundary > start and next_version != version:
-                spans.append(VersionSpan(start - first, boundary - first, version, entry.version))
+            next_kv_version = next_version if recomputed else kv_version
+            if boundary > start and (next_version, next_kv_version) != (version, kv_version):
+                spans.append(VersionSpan(start - first, boundary - first, version, kv_version))
                 start = boundary
-            version = next_version
+            version, kv_version = next_version, next_kv_version
         if last > start:
-            spans.append(VersionSpan(start - first, last - first, version, entry.version))
+            spans.append(VersionSpan(start - first, last - first, version, kv_version))
         return spans

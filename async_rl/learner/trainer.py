@@ -14,8 +14,6 @@ All methods block and belong in one thread at a time; none of them knows the wir
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -38,6 +36,7 @@ from async_rl.learner.saved_parts import Part
 from async_rl.learner.step import TrainStep
 from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
+from async_rl.models.memory import trim_heap
 from async_rl.models.parameters import Layout
 from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.messages import MicroBatches, WeightsId
@@ -117,7 +116,7 @@ class Learner:
         if batch.step != self.version:
             raise ProtocolError(f"the batch of step {batch.step} came, the learner is at version {self.version}")
         metrics = self._step(flatten(batch, self.ranks.size), abandon, last_begins)
-        _release_free_memory()
+        trim_heap()
         self.version += 1
         return metrics | {"train_s": time.monotonic() - started}
 
@@ -176,10 +175,3 @@ def build_objective(algorithm: Algorithm) -> Objective:
                 f"algorithm.preset = {algorithm.preset!r}: it needs {what}, which the learner does not have yet"
             )
     return objective
-
-
-def _release_free_memory() -> None:
-    """Give the heap's free pages back: steps of ever different lengths leave holes between what stays, and a learner of
-    SmolLM2 grew by half within forty steps."""
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)

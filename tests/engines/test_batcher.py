@@ -199,6 +199,64 @@ def test_two_swaps_and_a_late_request(llama: Model) -> None:
     assert chunks[2].spans == [VersionSpan(0, 3, 6, 6)]
 
 
+@pytest.mark.parametrize("name", list(configs()))
+@pytest.mark.parametrize("prefill_tokens", [16, None])
+def test_off_the_device_and_back_under_other_weights(name: str, prefill_tokens: int | None) -> None:
+    """What is sampled afterwards is what the new weights say of the whole sequence, as the learner recomputes it."""
+    before, after = make_model(configs()[name]), make_model(configs()[name], seed=5)
+    batcher = make_batcher(before, slots=6, prefill_tokens=prefill_tokens)
+    requests = [request(i, prompt, 6 + 9 * (i % 3)) for i, prompt in enumerate(prompts(9))]
+    batcher.submit(requests)
+    chunks = {chunk.request_id: chunk for _ in range(8) for chunk in batcher.step()}
+    batcher.release()
+    assert not batcher.has_work
+    swap(batcher, after, 1)
+    chunks |= finish(batcher)
+    in_flight = 0
+    for one in requests:
+        chunk = chunks[one.id]
+        assert_covers(chunk)
+        assert len(chunk.tokens) == one.max_new_tokens
+        tokens = chunk.tokens.tolist()
+        expected = {0: recompute(before, one.prompt, tokens).numpy(), 1: recompute(after, one.prompt, tokens).numpy()}
+        in_flight += len(chunk.spans) == 2
+        for span in chunk.spans:
+            assert span.kv_version == span.version
+            where = slice(span.start, span.end)
+            assert np.abs(chunk.logprobs[where] - expected[span.version][where]).max() < 2e-5
+    assert in_flight > 2
+
+
+def test_leaving_the_device_changes_no_token(llama: Model) -> None:
+    requests = [request(i, prompt, 20 + i) for i, prompt in enumerate(prompts(4))]
+    stayed = run(make_batcher(llama), requests)
+    batcher = make_batcher(llama)
+    batcher.submit(requests)
+    for _ in range(5):
+        batcher.step()
+        batcher.release()
+        swap(batcher, llama, 0)
+    left = finish(batcher)
+    for one in requests:
+        assert left[one.id].tokens.tolist() == stayed[one.id].tokens.tolist()
+        assert np.abs(left[one.id].logprobs - stayed[one.id].logprobs).max() < 2e-5
+
+
+def test_a_request_that_is_cancelled_off_the_device_returns_what_it_had(llama: Model) -> None:
+    requests = [request(i, prompt, 20) for i, prompt in enumerate(prompts(3))]
+    whole = run(make_batcher(llama), requests)
+    batcher = make_batcher(llama)
+    batcher.submit(requests)
+    for _ in range(4):
+        batcher.step()
+    batcher.release()
+    (cancelled,) = batcher.cancel([1])
+    assert cancelled.finish_reason == "aborted" and cancelled.tokens.tolist() == whole[1].tokens.tolist()[:5]
+    swap(batcher, llama, 1)
+    left = finish(batcher)
+    assert left.keys() == {0, 2} and all(len(chunk.tokens) == 20 for chunk in left.values())
+
+
 def test_prepared_weights_share_no_memory(llama: Model) -> None:
     tensors = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
     batcher = make_batcher(llama)

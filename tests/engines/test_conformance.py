@@ -351,6 +351,50 @@ def test_nothing_is_sampled_while_paused(on_engine: Any) -> None:
     on_engine(body)
 
 
+def test_off_the_device_nothing_is_sampled_and_nothing_is_lost(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        if not d.engine.capabilities.leaves_device:
+            pytest.skip("it does not leave its device")
+        await d.engine.load_weights(d.snapshot(0))
+        (whole,) = await d.complete(request(0, (1, 2), 40))
+        d.chunks.clear()
+        await d.pause_at(request(0, (1, 2), 40, segment_tokens=2))
+        left = await d.engine.release()
+        d.engine.resume()
+        d.engine.submit([request(1, (3,), 5), request(2, (3,), 5), request(3, (3,), 5)])
+        d.engine.cancel([2])
+        await d.finished(2)
+        assert d.engine.weights == WeightsId(0, 0)
+        before = asyncio.get_running_loop().time()
+        assert d.engine.stepped_at >= before, "no request is late"
+        assert left.sampled[0] >= 2 and not d.is_finished(0) and 1 not in d.chunks and d.tokens(2) == []
+        back = await d.engine.load_weights(d.snapshot(0))
+        assert back.sampled[0] == left.sampled[0] and back.delivered >= left.delivered
+        await d.finished(0, 1, 3)
+        assert d.tokens(0) == whole, "same weights, same seeds: as if it had never left"
+
+    on_engine(body)
+
+
+def test_back_on_the_device_the_kv_cache_is_that_of_the_new_weights(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        if not d.engine.capabilities.leaves_device:
+            pytest.skip("it does not leave its device")
+        await d.engine.load_weights(d.snapshot(0))
+        await d.pause_at(request(0, (1, 2), 40, segment_tokens=2))
+        left = await d.engine.release()
+        d.engine.resume()
+        await d.engine.release()  # it may be told twice
+        await d.engine.load_weights(d.snapshot(2))
+        await d.finished(0)
+        spans = [(span.version, span.kv_version, span.end - span.start) for c in d.chunks[0] for span in c.spans]
+        before = sum(count for version, kv, count in spans if (version, kv) == (0, 0))
+        after = sum(count for version, kv, count in spans if (version, kv) == (2, 2))
+        assert before == left.sampled[0] and before + after == len(d.tokens(0))
+
+    on_engine(body)
+
+
 def test_activity_sums_to_the_age(on_engine: Any) -> None:
     async def body(d: Driver) -> None:
         loop = asyncio.get_running_loop()
@@ -359,7 +403,7 @@ def test_activity_sums_to_the_age(on_engine: Any) -> None:
         before = d.engine.activity()
         await d.complete(*(request(i, (1, 2), 30) for i in range(5)))
         activity = d.engine.activity()
-        assert activity.keys() == {"engine_step", "swap", "paused", "idle"}
+        assert activity.keys() == {"engine_step", "swap", "paused", "idle", "released"}
         assert activity["engine_step"] > before["engine_step"]
         assert all(activity[cause] >= before[cause] for cause in activity)
         assert sum(activity.values()) == pytest.approx(loop.time() - started, abs=0.05)

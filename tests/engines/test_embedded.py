@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_cases import configs, make_model, request
+from transformers import LlamaConfig
 
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Snapshot
@@ -98,7 +99,7 @@ def test_a_load_in_progress_fails_with_the_thread(model: Any, real: Real, monkey
 
         monkeypatch.setattr(engine._batcher, "swap", broken)
         engine.start(lambda chunks: None)
-        with pytest.raises(RuntimeError, match="the engine stopped before the weights were live"):
+        with pytest.raises(RuntimeError, match="the engine stopped before the weights were live or gone"):
             await loading
         with pytest.raises(ArithmeticError):
             await engine.wait_stopped()
@@ -185,6 +186,38 @@ def test_swaps_while_decoding_stall_for_less_than_a_step(model: Any, real: Real)
         assert max(swap.stall_s for swap in swaps) < 0.05
         versions = [span.version for chunk in chunks for span in chunk.spans]
         assert versions == sorted(set(versions))
+        await engine.stop()
+
+    real(main())
+
+
+def test_memory_is_given_back(real: Real) -> None:
+    """Of the process, as its resident set: weights and KV cache leave, and come again."""
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+    )
+    model = make_model(config)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    cache = 4 * 6 * 4 * 400 * 2 * 512
+    """float32 x layers x sequences x positions x (keys, values) x width"""
+
+    async def main() -> None:
+        engine = EmbeddedEngine(config, slots=4, max_length=512)
+        engine.start(lambda chunks: None)
+        engine.submit([request(i, [i + 1] * 400, 100) for i in range(4)])
+        swap = await engine.load_weights(snapshot(model))
+        while len(swap.sampled) < 4:  # one prompt a step
+            swap = await engine.load_weights(snapshot(model))
+        left = await engine.release()
+        assert swap.nbytes - left.nbytes > 0.9 * (weights + cache), (swap.nbytes, left.nbytes)
+        back = await engine.load_weights(snapshot(model, 1))
+        assert back.sampled == left.sampled and back.nbytes - left.nbytes > 0.9 * (weights + cache)
         await engine.stop()
 
     real(main())

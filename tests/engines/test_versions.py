@@ -22,6 +22,20 @@ def test_a_swap_changes_exactly_the_tokens_after_it() -> None:
     assert log.spans(log.enter(12), 0, 2) == [VersionSpan(0, 2, 5, 5)]
 
 
+def test_a_cache_computed_anew_is_as_young_as_its_weights() -> None:
+    log = VersionLog()
+    log.swap(0, 4)
+    entry = log.enter(10)
+    log.swap(11, 5)  # keeps the cache
+    log.swap(13, 5, recomputed=True)  # the same weights, after the device was left
+    log.swap(15, 6, recomputed=True)
+    spans = [(2, 4, 4), (4, 5, 4), (6, 5, 5), (9, 6, 6)]
+    starts = [0, 2, 4, 6]
+    expected = [VersionSpan(start, *span) for start, span in zip(starts, spans, strict=True)]
+    assert log.spans(entry, 0, 9) == expected
+    assert log.spans(entry, 3, 5) == [VersionSpan(0, 1, 5, 4), VersionSpan(1, 2, 5, 5)]
+
+
 @given(
     events=st.lists(st.sampled_from(["tick", "swap", "same"]), max_size=30),
     first=st.integers(0, 30),

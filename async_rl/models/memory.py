@@ -1,0 +1,33 @@
+"""Memory that is given back, so that another process of the device can have it, and how much a process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+
+def give_back(device: torch.device) -> None:
+    """Return what was freed: on a GPU the caching allocator's blocks, in host memory the free pages of the heap."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Steps of ever different lengths leave holes between what stays: a learner of SmolLM2 grew by half within forty
+    steps."""
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def held(device: torch.device) -> int:
+    """Bytes of the device that this process holds: of a GPU what torch has reserved (the CUDA context, a few hundred
+    MB, is not in it), of the CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
