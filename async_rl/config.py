@@ -173,6 +173,49 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whose tokens stay on disk after a checkpoint covers them, for `inspect`: of one group a step, all, none."""
 
 
+class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The frozen policy that KL is measured against, where the algorithm has a KL."""
+
+    path: str = ""
+    """A local Hugging Face directory; empty = the model before training. Paths are as in [model]."""
+    refresh_steps: int = 0
+    """Every so many steps it becomes the policy of that moment (DeepSeek-R1-Zero: 400); 0 = never."""
+    offload: bool = False
+    """On a GPU: its weights stay in host memory but for the moments it is asked."""
+
+
+class Critic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The value network, where the algorithm has one (`ppo`). It shares no parameter with the policy."""
+
+    init: Literal["policy", "reward_model"] = "policy"
+    """policy: the model before training, with a head that says 0. reward_model: that of [reward_model] and its head."""
+    path: str = ""
+    """Start from this directory instead: a causal language model, or one with a scalar head."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    gamma: float = 1.0
+    """Discount of GAE."""
+    lam: float = 0.95
+    clip: float = 0.2
+    """The value loss is clipped where a value moves further than this in one step."""
+    coef: float = 0.1
+    """Of the value loss. Critic and policy have an optimiser each: it scales the gradient that `clip_norm` sees."""
+    whiten: bool = True
+    """Advantages to mean 0 and variance 1 over the step."""
+
+
+class RewardModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model that scores whole rollouts. Default: none, which is what reasoning wants: neural rewards get hacked."""
+
+    path: str = ""
+    """A directory with a scalar head, trained with the policy's tokenizer."""
+    weight: float = 1.0
+    """weight * (score - bias) is added to the environment's reward."""
+    replaces: bool = False
+    """Take the place of the environment's reward, which is then only logged."""
+    offload: bool = False
+    """On a GPU: its weights stay in host memory but for the moments it is asked."""
+
+
 class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The cluster that `async-rl simulate` makes up: one engine per generating device, on which a decode step of n
     sequences takes step_s + sequence_s * n. Training itself reads none of this."""
@@ -239,6 +282,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     evaluation: Evaluation = Evaluation()
     controller: Controller = Controller()
     simulate: Simulate = Simulate()
+    reference: Reference = Reference()
+    critic: Critic = Critic()
+    reward_model: RewardModel = RewardModel()
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl; each needs its package."""
 
@@ -260,6 +306,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return max(self.generator.slots + queued, self.step_rollouts if self.synchronous else self.rollout.group_size)
 
 
+MODEL_SECTIONS = ("model", "reference", "critic", "reward_model")
+"""Those whose `path` is a model directory."""
+
+
 def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
     """Read a recipe, apply `section.key=value` overrides, check every field.
 
@@ -279,14 +329,17 @@ def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
         apply_override(table, override)
     resolve_paths(table, Path())
     run = from_table(table)
-    if run.model.path and not Path(run.model.path).is_dir():  # a run that is only looked at needs no model
-        raise UserError(f"model.path = {run.model.path!r}: write the path of a model directory")
+    for section in MODEL_SECTIONS:
+        path: str = getattr(run, section).path
+        if path and not Path(path).is_dir():  # a run that is only looked at needs no model
+            raise UserError(f"{section}.path = {path!r}: write the path of a model directory")
     return run
 
 
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Make the paths of a recipe absolute: it means the same files wherever it is used from."""
-    for section, key in (("model", "path"), ("environment", "module")):
+    paths = [(section, "path") for section in MODEL_SECTIONS]
+    for section, key in (*paths, ("environment", "module")):
         inner = table.get(section)
         path = typing.cast(dict[str, Any], inner).get(key) if isinstance(inner, dict) else None
         if isinstance(path, str) and path and (key == "path" or path.endswith(".py")):
@@ -374,6 +427,12 @@ def _explain(error: msgspec.ValidationError, table: dict[str, Any]) -> str:
     return f"{path} = {value!r}: {message[0].lower() + message[1:].replace('`', '')}"
 
 
+def _numbers(prefix: str, optimizer: Optimizer) -> list[tuple[str, float]]:
+    """What may not be negative."""
+    fields = ("learning_rate", "clip_norm", "warmup_steps", "decay_steps", "final_rate")
+    return [(f"{prefix}.{field}", getattr(optimizer, field)) for field in fields]
+
+
 def _check(run: Run) -> None:
     """Bounds that types do not express."""
 
@@ -415,11 +474,11 @@ def _check(run: Run) -> None:
         ("staleness.depth", run.staleness.depth or 0),
         ("rollout.segment_tokens", run.rollout.segment_tokens),
         ("rollout.lease_tokens", run.rollout.lease_tokens),
-        ("optimizer.learning_rate", run.optimizer.learning_rate),
-        ("optimizer.clip_norm", run.optimizer.clip_norm),
-        ("optimizer.warmup_steps", run.optimizer.warmup_steps),
-        ("optimizer.decay_steps", run.optimizer.decay_steps),
-        ("optimizer.final_rate", run.optimizer.final_rate),
+        *_numbers("optimizer", run.optimizer),
+        *_numbers("critic.optimizer", run.critic.optimizer),
+        ("critic.clip", run.critic.clip),
+        ("critic.coef", run.critic.coef),
+        ("reference.refresh_steps", run.reference.refresh_steps),
         ("evaluation.tasks", run.evaluation.tasks),
         ("evaluation.every_steps", run.evaluation.every_steps),
         ("generator.max_length", run.generator.max_length),
@@ -448,6 +507,18 @@ def _check(run: Run) -> None:
         made_up.concurrent,
         f"write at least one slot for each of the {made_up.generators} generators",
     )
+    scored = bool(run.reward_model.path)
+    demand(
+        scored or run.critic.init == "policy", "critic.init", run.critic.init, "set reward_model.path, or write policy"
+    )
+    demand(
+        not scored or run.rollout.filter == "none",
+        "rollout.filter",
+        run.rollout.filter,
+        "groups are filtered before a reward model scores them: write none",
+    )
+    for field, value in [("critic.gamma", run.critic.gamma), ("critic.lam", run.critic.lam)]:
+        demand(0 <= value <= 1, field, value, "write a number from 0 to 1")
     one_model = (run.model.path != "") != (run.model.tiny is not None)
     demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
     demand(

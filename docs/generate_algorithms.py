@@ -28,6 +28,23 @@ TAIL = """
 Not losses of a policy, and so no presets: DPO, IPO, SimPO (`preference.py`), reward models (`reward_model.py`), the
 critic (`gae.py`, `value_loss.py`, `whitening.py`, `reward_shaping.py`), PPO-ptx (`ppo_ptx.py`), V-trace (`vtrace.py`),
 TRPO (`trpo.py`), distillation (`distillation.py`), M2PO's mask (`m2po.py`, needs the whole step at once).
+
+## Models beside the policy
+
+| model | built where | what it says of a step |
+|---|---|---|
+| reference | the preset has a KL, `kl_coef` above 0 | log-probs of the trained tokens |
+| critic | the advantage is GAE | values of the states in which they were sampled |
+| reward model | `reward_model.path` is set | `weight * (score - bias)`, part of the reward of each rollout |
+
+Their options are in the sections `[reference]`, `[critic]` and `[reward_model]` of a recipe (`async_rl/config.py`).
+All are asked about the whole step, without gradients, before the first loss (`async_rl/learner/roles.py`). KL in the
+reward is k1 of the log-probs that were sampled with, summed over the rollout where the baseline is a group. With a
+critic it is taken per token, the score sits on the last trained token, GAE runs over the trained tokens of a rollout
+and steps over observations, and advantages are whitened over the tokens with weight of the whole step, all ranks
+together. A step is one mini-batch and one epoch. The critic has an optimiser of its own: `coef` scales its loss before
+its own `clip_norm`, and is no trade-off with the policy. A reward model scores the last sequence of a rollout at its
+last token and must have the policy's tokenizer; it scores on the learner, so groups are not filtered by such a reward.
 """
 
 

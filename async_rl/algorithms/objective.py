@@ -119,6 +119,14 @@ class Objective:
                 "proximal / behaviour; set old = 'proximal', or guard = 'none' and veto = None"
             )
 
+        if self.kl_in == "reward" and self.kl not in ("k1", "none"):
+            raise ValueError(f"kl = {self.kl!r} with kl_in = 'reward': rewards take k1 alone; write kl = 'k1'")
+        whole = self.surrogate in ("gspo", "topr") or self.opsm_delta is not None
+        if self.advantage == "critic" and whole:
+            raise ValueError(
+                f"advantage = 'critic' with surrogate = {self.surrogate!r}, opsm_delta = {self.opsm_delta!r}: those "
+                "weigh whole sequences, a critic's advantages are per token; write ppo_clip and no opsm_delta"
+            )
         if self.kl == "none" and self.kl_coef > 0:
             raise ValueError(f"kl_coef = {self.kl_coef!r} with kl = 'none': set kl to 'k1', 'k2' or 'k3'")
 

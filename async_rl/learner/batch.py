@@ -68,6 +68,8 @@ class PackedMicroBatch:
     """One forward and backward pass."""
 
     tokens: PackedTokens
+    token_K: Tensor
+    """[K] int64, which of axis A each trained token is"""
     behaviour_K: Tensor
     """[K] float32"""
     version_K: Tensor
@@ -141,6 +143,7 @@ def pack(step: StepBatch, rollouts: Sequence[int], *, share_prompts: bool = True
     packed = pack_sequences(step.sequences, sequence_s, family_s)
     return PackedMicroBatch(
         tokens=packed.tokens,
+        token_K=torch.from_numpy(packed.token_K),
         behaviour_K=torch.from_numpy(step.behaviour_A[packed.token_K]),
         version_K=torch.from_numpy(step.version_A[packed.token_K]),
         fresh_K=torch.from_numpy(step.fresh_A[packed.token_K]),

@@ -68,7 +68,8 @@ def copy_part(part: Part) -> Copy:
     config.architectures = [type(part.model).__name__]
     config.dtype = part.model.dtype
     weights = {name: _on_host(parameter) for name, parameter in part.model.named_parameters()}
-    return Copy(part.name, config, part.model.generation_config, weights, _states(part))
+    generation = getattr(part.model, "generation_config", None)  # a classifier has none
+    return Copy(part.name, config, generation, weights, _states(part))
 
 
 def _states(part: Part) -> dict[str, Tensor] | None:

@@ -31,7 +31,7 @@ BIAS = "reward_bias"
 
 
 class PackedScalar(nn.Module):
-    """Not in training mode: without dropout. `model.score` is the head."""
+    """Not in training mode: without dropout."""
 
     def __init__(self, model: PreTrainedModel, *, dtype: str = "float32") -> None:
         """model: a sequence classifier with one label. dtype: of the matrix products but the head's (autocast)."""
@@ -66,23 +66,25 @@ class PackedScalar(nn.Module):
         seed: int,
         head: Head = "normal",
         dtype: str = "float32",
-        weights: torch.dtype = torch.float32,
         field: str = "model.path",
     ) -> PackedScalar:
         """From a directory that `save` wrote, or with a fresh head from a causal language model or a tiny config.
 
-        weights: dtype of the body's parameters; the head's are fp32 always. field: what an error names.
+        All parameters are fp32. field: what an error names.
 
         Raises:
             UserError: there is no such model, or it is a classifier of several labels.
         """
         architectures = load_config(model, field=field).architectures or [""]
         if not architectures[0].endswith(CLASSIFIER):
-            return cls.of(build_model(model, seed=seed, dtype=weights, field=field), seed=seed, head=head, dtype=dtype)
+            return cls.of(build_model(model, seed=seed, field=field), seed=seed, head=head, dtype=dtype)
         options: dict[str, Any] = {"dtype": torch.float32, "num_labels": 1}
         found: Any = read(model, "weights", AutoModelForSequenceClassification.from_pretrained, field, **options)
-        found.base_model.to(weights)
         return cls(found, dtype=dtype)
+
+    @property
+    def head(self) -> nn.Linear:
+        return cast(nn.Linear, self.model.score)
 
     @property
     def bias(self) -> float:
@@ -99,7 +101,7 @@ class PackedScalar(nn.Module):
         with torch.autocast(tokens.input_1T.device.type, self._low) if self._low else nullcontext():
             hidden_TH = run_packed(self.model, tokens.input_1T, tokens.position_1T, tokens.families)
         hidden_KH = hidden_TH.index_select(0, tokens.predictor_K).float()
-        return F.linear(hidden_KH, cast(nn.Linear, self.model.score).weight).squeeze(1)
+        return F.linear(hidden_KH, self.head.weight).squeeze(1)
 
     @torch.no_grad()
     def score(self, tokens: PackedTokens) -> Tensor:

@@ -1,4 +1,11 @@
-"""The RL train step: a composed batch -> advantages -> losses of micro-batches -> staleness asserted -> update.
+"""The RL train step: a composed batch -> rewards, advantages -> losses of micro-batches -> staleness check -> update.
+
+    reward model   scores whole rollouts                     forward passes, without gradients: what they say of
+    reference      log-probs of the trained tokens           the whole step is there before any loss is
+    critic         values of the trained tokens
+    critic         value loss       -> gradients             GAE and whitening need all values of the step, and these
+    policy         objective        -> gradients             are the critic's old ones
+    both           update
 
 The proximal policy of the decoupled objective is the one at the start of the step. A step is one mini-batch: no update
 happens before its last backward pass, so the current log-probs without gradient *are* the proximal ones, exactly, and
@@ -19,7 +26,6 @@ from async_rl.algorithms.metrics import skip_reason, summarise
 from async_rl.algorithms.objective import Objective
 from async_rl.config import Run, Staleness
 from async_rl.errors import AsyncRLError
-from async_rl.learner.baselines import BaselineRows
 from async_rl.learner.batch import PackedMicroBatch, StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.metrics import batch_metrics
@@ -27,6 +33,7 @@ from async_rl.learner.optimisation import Optimisation, Stats, ignored, never
 from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.roles import Estimates, Roles
 
 
 class StalenessViolated(AsyncRLError):
@@ -43,26 +50,25 @@ def normaliser(step: StepBatch, max_new_tokens: int) -> Normaliser:
     )
 
 
-def advantages(objective: Objective, rows: BaselineRows) -> Tensor:
-    """[N] of the rollouts of the step, each relative to its baseline."""
-    rewards_B, group_B = torch.from_numpy(rows.rewards_B), torch.from_numpy(rows.group_B)
-    advantages_B = objective.advantages(rewards_B, group_B, torch.from_numpy(rows.in_step_B))
-    return advantages_B[torch.from_numpy(rows.row_N)]
-
-
 def weight_bound(staleness: Staleness) -> int:
     """The highest lag a token with weight may have. `on_stale = "off"` has none: nothing is masked nor asserted."""
     return sys.maxsize if staleness.on_stale == "off" else staleness.max_staleness
 
 
 class TrainStep:
-    """One optimiser step on one composed batch."""
+    """One optimiser step on one composed batch: of the policy, and of the critic where there is one."""
 
     def __init__(
-        self, run: Run, policy: PackedPolicy, optimisation: Optimisation, objective: Objective, ranks: Ranks
+        self,
+        run: Run,
+        policy: PackedPolicy,
+        optimisation: Optimisation,
+        objective: Objective,
+        ranks: Ranks,
+        roles: Roles,
     ) -> None:
         self._run, self._policy, self._optimisation, self._objective = run, policy, optimisation, objective
-        self._ranks, self._device = ranks, ranks.device
+        self._ranks, self._device, self._roles = ranks, ranks.device, roles
         self._bound = weight_bound(run.staleness)
 
     def __call__(
@@ -76,25 +82,34 @@ class TrainStep:
             Abandoned: `abandon` said so on some rank; the weights have not changed.
             StalenessViolated: promise P1 does not hold; the weights have not changed.
         """
-        advantages_N = advantages(self._objective, step.baseline)
+        step, rewards = self._roles.rewarded(step, abandon)
+        estimates = self._roles.estimates(step, self._bound, abandon)
         whole = normaliser(step, self._run.rollout.max_new_tokens)
-        losses = [partial(self._loss, step, rollouts, advantages_N, whole) for rollouts in step.plan[self._ranks.rank]]
+        critic, valued = self._roles.critic, estimates.critic
+        critic_totals = None if critic is None or valued is None else critic.accumulate(step, valued, abandon)
+        losses = [partial(self._loss, step, rollouts, estimates, whole) for rollouts in step.plan[self._ranks.rank]]
         totals = self._optimisation.accumulate(losses, abandon, last_begins)
         values = dict(totals.values)
         if values.pop("stale_weight", 0.0) != 0.0:
             raise StalenessViolated(f"step {step.step}: tokens more than {self._bound} versions old have weight")
         metrics = batch_metrics(step, self._bound) | {"loss": totals.loss, "grad_norm": totals.grad_norm}
-        metrics |= _equal_version_metrics(values)
+        metrics |= rewards | estimates.metrics | _equal_version_metrics(values)
         metrics |= summarise({name: torch.tensor(value) for name, value in values.items()}) if values else {}
         allowed = "kept_tokens" in metrics and skip_reason(metrics) is None
+        if critic is not None and valued is not None and critic_totals is not None:
+            metrics |= critic.update(step, valued, critic_totals)
         return metrics | self._optimisation.update(step.version, totals, allowed=allowed)
 
     def _loss(
-        self, step: StepBatch, rollouts: list[int], advantages_N: Tensor, whole: Normaliser
+        self, step: StepBatch, rollouts: list[int], estimates: Estimates, whole: Normaliser
     ) -> tuple[Tensor, Stats]:
         """Scalar part of the step's loss, and its statistics."""
         microbatch = pack(step, rollouts, share_prompts=shares_prefixes(self._device))
-        advantages_n = advantages_N[microbatch.rollout_n].to(self._device)
+        advantages_n = estimates.advantages_N[microbatch.rollout_n].to(self._device)
+        per_token = (estimates.critic.advantages_A if estimates.critic else None, estimates.reference_A)
+        advantages_K, reference_K = (
+            None if x_A is None else x_A[microbatch.token_K].to(self._device) for x_A in per_token
+        )
         microbatch = move(microbatch, self._device)
         fresh_enough_K = step.version - microbatch.version_K <= self._bound
         logprobs = self._policy(microbatch.tokens)
@@ -108,6 +123,8 @@ class TrainStep:
                 weight_mask_T=fresh_enough_K,
                 sequence_T=microbatch.sample_K,
                 advantages_N=advantages_n,
+                advantages_T=advantages_K,
+                reference_T=reference_K,
                 entropy_T=entropy_K,
                 versions_T=microbatch.version_K,
                 current_version=step.version,

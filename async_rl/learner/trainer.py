@@ -32,6 +32,7 @@ from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.roles import Roles
 from async_rl.learner.saved_parts import Part
 from async_rl.learner.step import TrainStep
 from async_rl.models.flops import attention_share
@@ -73,9 +74,13 @@ class Learner:
         self.layout: Layout = wire_layout(run, self.model)
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
         self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
-        self.parts = [Part("", self.model, self._optimisation.optimizer)]
+        objective, resumed = build_objective(run.algorithm), None if found is None else found[0]
+        self._policy = policy
+        with checkpoint.no_progress_bars():
+            self.roles = Roles(run, objective, self.ranks, self.tokenizer, resumed)
+        self.parts = [Part("", self.model, self._optimisation.optimizer), *self.roles.parts()]
         """What checkpoints hold."""
-        self._step = TrainStep(run, policy, self._optimisation, build_objective(run.algorithm), self.ranks)
+        self._step = TrainStep(run, policy, self._optimisation, objective, self.ranks, self.roles)
         if found is None:
             torch.manual_seed(run.seed)
         else:
@@ -118,6 +123,7 @@ class Learner:
         metrics = self._step(flatten(batch, self.ranks.size), abandon, last_begins)
         trim_heap()
         self.version += 1
+        self.roles.after_step(self._policy, self.version)
         return metrics | {"train_s": time.monotonic() - started}
 
     def snapshot(self, out: Tensor) -> None:
@@ -166,12 +172,6 @@ class Learner:
 def build_objective(algorithm: Algorithm) -> Objective:
     """Raises UserError naming the preset or the option."""
     try:
-        objective = preset(algorithm.preset, **algorithm.options)
+        return preset(algorithm.preset, **algorithm.options)
     except (ValueError, TypeError) as error:
         raise UserError(f"algorithm: {error}") from None
-    for needed, what in ((objective.needs_reference, "a reference model"), (objective.needs_critic, "a critic")):
-        if needed:
-            raise UserError(
-                f"algorithm.preset = {algorithm.preset!r}: it needs {what}, which the learner does not have yet"
-            )
-    return objective

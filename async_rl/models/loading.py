@@ -44,11 +44,11 @@ def check_supported(config: PreTrainedConfig, where: str) -> None:
         raise UserError(f"{where}: {named} is not supported; write a model of {', '.join(SUPPORTED.values())}")
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, *, field: str = "model.path") -> PreTrainedTokenizerBase:
     if model.tiny is not None:
         return tiny_tokenizer(model.tiny)
-    load_config(model)  # a wrong path is reported the same way, whatever is loaded first
-    return read(model, "tokenizer", AutoTokenizer.from_pretrained)
+    load_config(model, field=field)  # a wrong path is reported the same way, whatever is loaded first
+    return read(model, "tokenizer", AutoTokenizer.from_pretrained, field)
 
 
 def load_stop_tokens(model: Model) -> frozenset[int]:

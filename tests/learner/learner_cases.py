@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from async_rl.config import Algorithm, Environment, Model, Optimizer, Run, TinyModel
 from async_rl.config import Rollout as RolloutConfig
+from async_rl.learner.scalar import PackedScalar
+from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.wire.messages import MicroBatches, Sequence, TrainRollout, VersionSpan
 
 VOCABULARY = 14
@@ -26,6 +29,23 @@ def tiny_run(**sections: Any) -> Run:
         algorithm=Algorithm(options={"veto": None, "guard_low": 0.7}),
     )
     return msgspec.structs.replace(run, **sections)
+
+
+def save_model(directory: Path, seed: int) -> str:
+    """The tiny model and its tokenizer from other random weights; returns the path, as a recipe writes it."""
+    model = tiny_run().model
+    build_model(model, seed=seed).save_pretrained(directory)
+    load_tokenizer(model).save_pretrained(directory)
+    return str(directory)
+
+
+def save_scalar(directory: Path, seed: int, bias: float = 0.0) -> str:
+    """The same with a scalar head, as a reward model."""
+    model = tiny_run().model
+    scalar = PackedScalar.load(model, seed=seed)
+    scalar.bias = bias
+    scalar.save(directory, load_tokenizer(model))
+    return str(directory)
 
 
 def ragged_rollouts(seed: int, version: int = 3, groups: int = 4, size: int = 4) -> list[TrainRollout]:

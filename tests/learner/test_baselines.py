@@ -21,8 +21,8 @@ from async_rl.algorithms.presets import PRESETS, preset
 from async_rl.errors import ProtocolError
 from async_rl.learner.batch import flatten
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.estimates import group_advantages
 from async_rl.learner.metrics import batch_metrics
-from async_rl.learner.step import advantages
 from async_rl.learner.trainer import Learner
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
 
@@ -43,7 +43,7 @@ def rollout(group: int, member: int, reward: float, baseline: dict[int, float] |
 
 def found(objective: Objective, rollouts: list[TrainRollout]) -> Tensor:
     """[N] what the learner would train on."""
-    return advantages(objective, flatten(message(rollouts)).baseline)
+    return group_advantages(objective, flatten(message(rollouts)).baseline)
 
 
 def frozen(rollouts: list[TrainRollout]) -> list[TrainRollout]:

@@ -115,14 +115,6 @@ def test_heads() -> None:
     assert not zero(packed(ragged(1)[0], shared=True).tokens).any()
 
 
-def test_the_body_may_be_bfloat16_and_the_head_is_not(tmp_path: Path) -> None:
-    PackedScalar.load(TINY, seed=3).save(tmp_path)
-    low = PackedScalar.load(Model(path=str(tmp_path)), seed=1, weights=torch.bfloat16)
-    assert low.model.base_model.norm.weight.dtype == torch.bfloat16
-    assert torch.equal(low.model.score.weight, PackedScalar.load(TINY, seed=3).model.score.weight)
-    assert low(packed(ragged(1)[0], shared=True).tokens).dtype == torch.float32
-
-
 def test_what_is_no_scalar_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reward_model\.path = .*nowhere': there is no such directory"):
         PackedScalar.load(Model(path=str(tmp_path / "nowhere")), seed=1, field="reward_model.path")

@@ -1,0 +1,86 @@
+"""The critic: a value network that shares nothing with the policy, and an optimiser of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from async_rl.algorithms.value_loss import value_loss
+from async_rl.config import Model, Run
+from async_rl.learner.batch import StepBatch, pack
+from async_rl.learner.distributed import Ranks
+from async_rl.learner.estimates import CriticEstimates, explained_variance
+from async_rl.learner.optimisation import Optimisation, Stats, Totals
+from async_rl.learner.packed_attention import shares_prefixes
+from async_rl.learner.packing import move
+from async_rl.learner.passes import over_step
+from async_rl.learner.scalar import PackedScalar
+
+NAME = "critic"
+"""Its folder in a checkpoint."""
+
+
+class Critic:
+    """V of the state in which each trained token was sampled."""
+
+    def __init__(self, run: Run, ranks: Ranks, checkpoint: Path | None) -> None:
+        """checkpoint: what the run is resumed from.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        source, field = _source(run)
+        if checkpoint is not None:
+            source = Model(path=str(checkpoint / NAME))
+        dtype = run.learner.dtype
+        self.module = PackedScalar.load(source, seed=run.seed, head="zero", dtype=dtype, field=field)
+        self.module.to(ranks.device)
+        self.optimisation = Optimisation(self.module.parameters(), run.critic.optimizer, run.steps, ranks)
+        self._config, self._ranks = run.critic, ranks
+
+    def values(self, step: StepBatch, abandon: Callable[[], bool]) -> Tensor:
+        """[A] float32, 0 where a token is not trained on."""
+        return over_step(self.module, step, self._ranks, abandon)
+
+    def accumulate(self, step: StepBatch, estimates: CriticEstimates, abandon: Callable[[], bool]) -> Totals:
+        """Gradients of the step's value loss; the weights stay until `update`. Raises Abandoned."""
+        losses = [partial(self._loss, step, rollouts, estimates) for rollouts in step.plan[self._ranks.rank]]
+        return self.optimisation.accumulate(losses, abandon)
+
+    def update(self, step: StepBatch, estimates: CriticEstimates, totals: Totals) -> dict[str, float]:
+        """The optimiser's step, unless a number is not finite, and the critic's metrics."""
+        done = self.optimisation.update(step.version, totals)
+        active = estimates.active_A
+        return {
+            **totals.values,
+            "explained_variance": explained_variance(estimates),
+            "value_mean": float(estimates.values_A[active].mean()) if active.any() else 0.0,
+            "return_mean": float(estimates.returns_A[active].mean()) if active.any() else 0.0,
+            "critic_grad_norm": totals.grad_norm,
+            "critic_learning_rate": done["learning_rate"],
+            "critic_skipped": done["skipped"],
+        }
+
+    def _loss(self, step: StepBatch, rollouts: list[int], estimates: CriticEstimates) -> tuple[Tensor, Stats]:
+        packed = pack(step, rollouts, share_prompts=shares_prefixes(self._ranks.device))
+        device = self._ranks.device
+        old_K, returns_K, active_K = (
+            x_A[packed.token_K].to(device) for x_A in (estimates.values_A, estimates.returns_A, estimates.active_A)
+        )
+        values_K = self.module(move(packed.tokens, device))
+        loss, clipped = value_loss(
+            values_K, old_K, returns_K, active_K, clip=self._config.clip, num_tokens=step.trainable_tokens
+        )
+        return self._config.coef * loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped.detach()}
+
+
+def _source(run: Run) -> tuple[Model, str]:
+    """Where a new critic's weights come from, and the field of the recipe that says so."""
+    if run.critic.path:
+        return Model(path=run.critic.path), "critic.path"
+    if run.critic.init == "reward_model":
+        return Model(path=run.reward_model.path), "reward_model.path"
+    return run.model, "model.path"
