@@ -86,6 +86,9 @@ class Staleness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mask_budget: float = 0.03
     """mask only: the share of sampled tokens that may be masked. Concurrency is steered towards it, and a step waits
     rather than exceed it; 0 = wait always."""
+    fast_lane: bool = True
+    """Where steps wait (`wait`, or a budget of 0) and there are four generators or more: one of them runs few rollouts,
+    the long ones that are waited for, which move there. Each move computes the rollout's cache again."""
 
     @property
     def steps_ahead(self) -> int:
@@ -235,6 +238,10 @@ class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Engine slots over all generators: rollouts that decode at the same time."""
     pause_s: float = 2.0
     """Seconds that every engine stands still at every weight update."""
+    prefill_tokens_s: float | None = None
+    """Tokens a second of one engine that computes the cache of a rollout which comes from another one, and stands still
+    meanwhile; default: three times what a learner device trains, because training is a forward pass and a backward
+    pass of twice the work."""
     mean_tokens: float = 4000.0
     """Mean length of a rollout in tokens, before the cap; lengths are lognormal."""
     sigma: float = 0.5
@@ -261,6 +268,11 @@ class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def train_tokens_per_s(self) -> float:
         """Of one learner device."""
         return self.learner_tokens_s or self.sample_tokens_per_s / self.learners
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of one engine."""
+        return self.prefill_tokens_s or 3 * self.train_tokens_per_s
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -460,6 +472,10 @@ def _check(run: Run) -> None:
         ("simulate.generators", run.simulate.generators),
         ("simulate.learners", run.simulate.learners),
         ("simulate.learner_tokens_s", 1.0 if run.simulate.learner_tokens_s is None else run.simulate.learner_tokens_s),
+        (
+            "simulate.prefill_tokens_s",
+            1.0 if run.simulate.prefill_tokens_s is None else run.simulate.prefill_tokens_s,
+        ),
         ("simulate.step_s", run.simulate.step_s),
         ("simulate.mean_tokens", run.simulate.mean_tokens),
         ("simulate.block_tokens", run.simulate.block_tokens),

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.HelloAck("generator-0/4242"),
         m.Lease([LEASE]),
         m.Cancel(7, [1], "run_complete"),
+        m.Yield(7, [1]),
         m.Ack(7, [0]),
         m.WeightsAnnounce(m.WeightsId(0, 4), "shared_memory", "weights-0-4", 436224, 305419896),
         m.WeightGroup(2, ["generator-0"], "127.0.0.1:29500"),

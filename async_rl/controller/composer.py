@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeAlias
 
 from async_rl.batching.plan import plan
@@ -22,7 +23,7 @@ from async_rl.config import Run
 from async_rl.ledger.ledger import MIN_SURVIVORS, Group, Ledger
 from async_rl.ledger.records import StepRecord
 from async_rl.ledger.states import State
-from async_rl.staleness.account import TokenAccount
+from async_rl.staleness.account import Rollout, TokenAccount
 from async_rl.staleness.admission import capacity
 from async_rl.staleness.budget import MaskBudget
 from async_rl.staleness.guard import LagHistogram, measure, tokens_by_version
@@ -32,6 +33,8 @@ from async_rl.wire.messages import MicroBatches, RolloutResult, TerminalEvent, T
 RUN_COMPLETE = "run_complete"
 """Why rollouts are cancelled that no step needs any more."""
 NO_BOUND = 1 << 60
+LANE_SHARE = 0.03
+"""The fast lane takes so many of the rollouts that may run; more of them would slow each other down."""
 
 Withdraw: TypeAlias = Callable[[int, list[int], str], None]
 """(group id, members that still run, why): they ended where they are."""
@@ -138,6 +141,18 @@ class Composer:
     def tokens(self, group_id: int, member: int) -> int:
         """Sampled so far, as of the last report."""
         return self._account.total((group_id, member))
+
+    # --- stragglers -------------------------------------------------------------------------------------------
+
+    @property
+    def lane_size(self) -> int:
+        """Rollouts that decode apart from the others, because steps wait for them (controller.fast_lane); 0 = none."""
+        wanted = self._run.staleness.fast_lane and self._budget is not None and self._budget.waits
+        return ceil(LANE_SHARE * self.room) if wanted else 0
+
+    def waited_for(self) -> list[Rollout]:
+        """Those that decode and would make the next step wait, most tokens first."""
+        return self._account.longest_decoding(self.next_step - self._run.staleness.max_staleness)
 
     # --- composition ------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import msgspec
 from async_rl.config import Run
 from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
+from async_rl.controller.fast_lane import FastLane
 from async_rl.controller.generators import Generators, Peer
 from async_rl.controller.watchdog import Watchdog
 from async_rl.errors import UserError
@@ -117,6 +118,7 @@ class Controller:
         self._group_epoch = 0
         self._live_updates = 0
         self._composer = Composer(run, ledger, room=lambda: self._generators.room, withdraw=self._withdraw)
+        self._lane = FastLane(self._generators, self._composer, rollouts.send)
         self._length_report: Row | None = None
         """Of the newest complete cohort."""
         self._lengths_biased = False
@@ -190,6 +192,7 @@ class Controller:
                 {"name": peer.name, "groups": len(peer.leases), "weights": peer.weights and peer.weights.version}
                 for peer in self._generators.peers.values()
             ],
+            "fast_lane": self._lane.peer and self._lane.peer.name,
             "learner": self._learner is not None,
             "may_run": None if self._composer.room == float("inf") else round(self._composer.room),
             "pending": self._pending(),
@@ -292,6 +295,7 @@ class Controller:
         if self._open:
             self._admit()
             self._compose()
+            self._lane.advance()
         self._generators.dispatch()
 
     def _admit(self) -> None:
@@ -331,6 +335,7 @@ class Controller:
         left: list[int] = []
         for member in lease.members:
             key = (lease.group_id, member)
+            self._lane.gone(key)
             self._attempts[key] = self._attempts.get(key, 0) + 1
             if self._attempts[key] < self.run_config.rollout.attempts:
                 left.append(member)
@@ -367,6 +372,7 @@ class Controller:
             return
         self._requested, self._filtered = None, 0
         self._batches[step] = batch
+        self._lane.changed(composed=True)
         if self._usage.started is None:
             self._usage.start(self._loop.time())
             self._ask_everyone()
@@ -440,6 +446,7 @@ class Controller:
                     for group_id, member, total in sampled:
                         self._composer.sampled(group_id, member, total, peer.counted.version)
                 peer.counted = weights
+                self._lane.changed()
             case Segment(group_id, member):
                 self._segment(peer, message)
 
@@ -458,7 +465,9 @@ class Controller:
             group = self.ledger.groups.get(segment.group_id)
             if group is not None and group.states[segment.member] is State.RUNNING:
                 self._composer.begun(group, [segment.member])
-                self._generators.enqueue([self._lease(group, [segment.member])])
+                lease = self._lease(group, [segment.member])
+                if not self._lane.takes(lease):
+                    self._generators.enqueue([lease])
 
     def _rollouts_ended(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:
         """Every terminal event passes here."""
@@ -469,6 +478,7 @@ class Controller:
                 self.journal.say(f"{self._filtered} groups in a row had equal rewards and were filtered; no step since")
         for member in members:
             self._attempts.pop((group.id, member), None)
+            self._lane.gone((group.id, member))
         report = self._composer.ended(group, members, event, reason)
         if report is None:
             return

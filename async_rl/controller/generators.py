@@ -3,6 +3,8 @@
 queued --(credit)--> leased --(Finished | Failed)--> done
    ^                   |
    +---(generator dies)+
+
+One of them can be the lane (controller.fast_lane): what is queued passes it by.
 """
 
 from __future__ import annotations
@@ -70,13 +72,22 @@ class Generators:
         self._queue: list[GroupLease] = []
         self._freest: list[tuple[int, str]] = []
         """Heap of (-free, connection id); entries that are out of date are skipped."""
-        self.room = 0
+        self._room = 0
         """Rollouts that all of them together accept at a time, those they hold included."""
+        self.lane: Peer | None = None
+        """Takes what it is given by `to_lane` and nothing else."""
+        self._lane_size = 0
         self._watch: dict[str, asyncio.TimerHandle] = {}
 
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def room(self) -> int:
+        """Rollouts that all of them together accept at a time, those they hold included; in the lane, its size."""
+        lane = self.lane
+        return self._room if lane is None else self._room - lane.free - lane.held + self._lane_size
 
     def holder(self, group_id: int, member: int) -> Peer | None:
         """Who works on a rollout."""
@@ -97,7 +108,7 @@ class Generators:
     def accept(self, peer: Peer, credit: int) -> None:
         """It accepts so many rollouts in all since its Hello."""
         if credit > peer.credit:
-            self.room += credit - peer.credit
+            self._room += credit - peer.credit
             peer.credit = credit
             heapq.heappush(self._freest, (-peer.free, peer.id))
 
@@ -107,7 +118,9 @@ class Generators:
     def remove(self, peer: Peer) -> None:
         """It is gone: what it held is leased again, before anything younger."""
         del self.peers[peer.id]
-        self.room -= peer.free + peer.held
+        self._room -= peer.free + peer.held
+        if peer is self.lane:
+            self.lane = None
         self._watch.pop(peer.id).cancel()
         again = [self._again(lease) for lease in peer.leases.values()]
         self.enqueue(lease for lease in again if lease is not None)
@@ -126,20 +139,43 @@ class Generators:
             if peer is None or peer.free < size:
                 break
             lease = self._queue.pop(0)
-            peer.leased += size
-            peer.held += size
-            heapq.heappush(self._freest, (-peer.free, peer.id))
-            held = peer.leases.setdefault(lease.group_id, msgspec.structs.replace(lease, members=[], segments=[]))
-            held.members.extend(lease.members)
+            self._hold(peer, lease)
             given.setdefault(peer.id, []).append(lease)
         for peer_id, leases in given.items():
             self._send(peer_id, Lease(leases))
+
+    def keep_lane(self, size: int) -> None:
+        """The generator that holds least takes no more from the queue, but up to `size` rollouts by `to_lane`; 0 =
+        none does."""
+        self._lane_size = size
+        if size and self.lane is None:
+            self.lane = min(self.peers.values(), key=lambda peer: (peer.held, peer.name), default=None)
+        elif not size and self.lane is not None:
+            heapq.heappush(self._freest, (-self.lane.free, self.lane.id))
+            self.lane = None
+
+    def to_lane(self, lease: GroupLease) -> bool:
+        """Lease it to the lane, if that is there and has credit."""
+        lane = self.lane
+        if lane is None or lane.free < len(lease.members):
+            return False
+        self._hold(lane, lease)
+        self._send(lane.id, Lease([lease]))
+        return True
+
+    def _hold(self, peer: Peer, lease: GroupLease) -> None:
+        """From now on it works on these."""
+        peer.leased += len(lease.members)
+        peer.held += len(lease.members)
+        heapq.heappush(self._freest, (-peer.free, peer.id))
+        held = peer.leases.setdefault(lease.group_id, msgspec.structs.replace(lease, members=[], segments=[]))
+        held.members.extend(lease.members)
 
     def _most_free(self) -> Peer | None:
         while self._freest:
             free, peer_id = self._freest[0]
             peer = self.peers.get(peer_id)
-            if peer is not None and peer.free == -free:
+            if peer is not None and peer is not self.lane and peer.free == -free:
                 return peer
             heapq.heappop(self._freest)
         return None
@@ -153,7 +189,7 @@ class Generators:
             if member in lease.members:
                 lease.members.remove(member)
                 peer.held -= 1
-                self.room -= 1  # its next Credit returns it
+                self._room -= 1  # its next Credit returns it
         if not lease.members:
             del peer.leases[group_id]
 

@@ -109,6 +109,16 @@ class EpisodeHost:
             task.cancel()
         self._attribute()
 
+    def hand_back(self, group_id: int, members: Sequence[int]) -> None:
+        """These members yield as soon as they can: now if the engine has their request, else when they next ask for
+        tokens. Those that end before are reported as ever."""
+        if self._submitted:
+            self._submit()  # what the engine does not have yet, it cannot hand back
+        for member in members:
+            _, policy = self._episodes.get((group_id, member), (None, None))
+            if policy is not None and policy.hand_back() and policy.request_id is not None:
+                self._engine.cancel([policy.request_id])
+
     def hold(self, waiting: bool) -> None:
         """Whether leases wait for newer weights; only for the attribution of idle time."""
         self._held = waiting

@@ -2,7 +2,7 @@
 
     one call:  recorded whole?  --> return it
                recorded in part --> ask for the rest --> a segment every so many tokens --> record, return it
-                                                     \\-> the lease's budget is used up: yield
+                                                     \\-> the lease's budget is used up, or it is wanted back: yield
 
 An episode is resumed by running its code again: recorded calls cost no time, and the random numbers of a token depend
 on its position alone, so that whatever follows is what would have followed.
@@ -117,6 +117,9 @@ class RecordedPolicy:
         """Tokens of the episode that earlier leases sampled."""
         self._sampled = 0
         """Tokens under this lease."""
+        self._wanted_back = False
+        self._held_back: list[Segment] = []
+        """Calls that ended, where nothing is made durable before the rollout yields."""
         self._calls = 0
         self._last_call: OpenCall | None = None
         self._request: Request | None = None
@@ -134,6 +137,12 @@ class RecordedPolicy:
         return await self._call(tokens, max_new_tokens)
 
     # --- for the host -----------------------------------------------------------------------------------------
+
+    def hand_back(self) -> bool:
+        """Yield instead of asking for more; a request that is aborted then yields with what it has. False: evaluation,
+        which stays."""
+        self._wanted_back = self.lease.purpose == "train"
+        return self._wanted_back
 
     @property
     def request_id(self) -> int | None:
@@ -198,9 +207,12 @@ class RecordedPolicy:
     def _begin(self, prompt: tuple[int, ...]) -> OpenCall:
         """The call before this one is over for good, so it becomes durable to its end."""
         before = self._last_call
-        if before is not None and before.last is not None and (self._segment_tokens or self._lease_tokens):
-            reason = before.last.finish_reason
-            self._desk.persist(before.segment(self.lease, self.member, before.last, reason))
+        if before is not None and before.last is not None and self.lease.purpose == "train":
+            segment = before.segment(self.lease, self.member, before.last, before.last.finish_reason)
+            if self._segment_tokens or self._lease_tokens:
+                self._desk.persist(segment)
+            else:
+                self._held_back.append(segment)
         self._last_call = OpenCall(self._calls, prompt)
         self._calls += 1
         self.recorder.call(prompt)
@@ -239,6 +251,8 @@ class RecordedPolicy:
             segment_tokens=self._segment_tokens or None,
         )
         cut = False
+        if self._wanted_back:
+            self._yield(call, empty_chunk())
         if self._lease_tokens:
             check_length(request, self._desk.max_length)  # what no lease could finish is refused by the first
             budget = self._lease_tokens - self._sampled
@@ -249,7 +263,8 @@ class RecordedPolicy:
         chunks = await self._ask(request)
         self._sampled += sum(len(chunk.tokens) for chunk in chunks)
         call.last = chunks[-1]
-        if cut and call.last.finish_reason == "length":
+        reason = call.last.finish_reason
+        if (cut and reason == "length") or (self._wanted_back and reason == "aborted"):
             self._yield(call, call.last)
         for chunk in chunks:
             self.recorder.sampled(chunk)
@@ -268,6 +283,8 @@ class RecordedPolicy:
     def _yield(self, call: OpenCall, chunk: Chunk) -> NoReturn:
         """The lease of this member ends with these tokens, and so does the episode here."""
         if self._desk.runs(self):
+            for segment in self._held_back:
+                self._desk.persist(segment)
             self._desk.persist(call.segment(self.lease, self.member, chunk, None, yielded=True))
             self._desk.leave(self)
         raise asyncio.CancelledError

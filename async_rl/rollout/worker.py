@@ -40,6 +40,7 @@ from async_rl.wire.messages import (
     WeightsFailed,
     WeightsId,
     WeightsLive,
+    Yield,
 )
 from async_rl.wire.transport import Client
 
@@ -199,6 +200,8 @@ class RolloutWorker:
                 self.host_call(self.host.cancel, group_id, members)
                 self._end(group_id, members)
                 self._send_credit()
+            case Yield(group_id, members):
+                self.host_call(self.host.hand_back, group_id, members)
             case WeightsAnnounce():
                 self._newest = message
                 self._in_background(self._take_weights(message))

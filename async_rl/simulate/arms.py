@@ -81,6 +81,7 @@ def arm(name: ArmName, run: Run) -> Arm:
         step_s=cluster.step_s * cluster.block_tokens,
         sequence_s=cluster.sequence_s * cluster.block_tokens,
         pause_s=cluster.pause_s,
+        prefill_s=cluster.block_tokens / cluster.prefill_tokens_per_s,
         grain_s=GRAIN * cluster.mean_tokens * (cluster.step_s + cluster.sequence_s * slots),
     )
     return Arm(

@@ -5,7 +5,8 @@ so an engine is one clock, which counts the tokens every row has been given, and
 something happens: one timer, whatever runs.
 
 At a weight update the clock stands still for `pause_s`; the version goes live at the end of it and the cache is kept,
-so a rollout's early tokens are old and its late ones fresh.
+so a rollout's early tokens are old and its late ones fresh. A rollout that comes from another generator has no cache
+here: the clock stands still while all its tokens are computed again.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from async_rl.wire.messages import (
     WeightsAnnounce,
     WeightsId,
     WeightsLive,
+    Yield,
 )
 from async_rl.wire.transport import Client
 
@@ -66,6 +68,8 @@ class EngineModel:
     """Seconds that each sequence adds."""
     pause_s: float = 0.0
     """Seconds that it stands still at a weight update."""
+    prefill_s: float = 0.0
+    """Seconds that it stands still for each token that was sampled elsewhere, when a lease goes on here."""
     grain_s: float = 0.0
     """It looks at what ended at multiples of this only, so that several engines wake together: a coarser grain is
     faster to simulate, and leaves slots empty for half of it; 0 = at once."""
@@ -157,6 +161,8 @@ class FakeGenerator:
         self._swaps: list[Swap] = []
         self._loading: WeightsId | None = None
         """The weights for which the engine stands still."""
+        self._prefill_s = 0.0
+        """How long it has to stand still yet to compute what came from elsewhere."""
         self._newest: WeightsId | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._others: dict[str, asyncio.TimerHandle] = {}
@@ -224,6 +230,8 @@ class FakeGenerator:
                     self._take(lease)
             case Cancel(group_id, members):
                 self._cancel(group_id, members)
+            case Yield(group_id, members):
+                self._yield(group_id, members)
             case WeightsAnnounce(weights):
                 self._newest = weights
                 self._swap_if_newer()
@@ -269,6 +277,14 @@ class FakeGenerator:
             lease.members[:] = [member for member in lease.members if member not in members]
         self._held = [lease for lease in self._held if lease.members]
 
+    def _yield(self, group_id: int, members: list[int]) -> None:
+        """What runs goes back with all its tokens; what is about to be found at its end stays."""
+        for member in members:
+            row = self._rows.get((group_id, member))
+            if row is not None and (until := self._position(row)) < row.total:
+                row.gone = True
+                self._segment(row, max(until, row.sent), yields=True)
+
     # --- weights ----------------------------------------------------------------------------------------------
 
     def _swap_if_newer(self) -> None:
@@ -297,13 +313,17 @@ class FakeGenerator:
 
     def _positions(self) -> list[tuple[int, int, int]]:
         """What unfinished training rollouts have sampled so far."""
-        clock, found = self._clock + 0.5, list[tuple[int, int, int]]()
+        found: list[tuple[int, int, int]] = []
         for (group_id, member), row in self._rows.items():
-            sampled = row.start + int(clock - row.since)
+            sampled = self._position(row)
             if sampled and row.lease.purpose == "train":
                 found.append((group_id, member, sampled))
         found += [(*key, row.start) for key, row in self._waiting.items() if row.start and row.lease.purpose == "train"]
         return found
+
+    def _position(self, row: Row) -> int:
+        """Tokens that a row in a slot has, to the nearest."""
+        return row.start + int(self._clock + 0.5 - row.since)
 
     # --- the engine -------------------------------------------------------------------------------------------
 
@@ -311,7 +331,9 @@ class FakeGenerator:
         """The clock to now."""
         now = self._loop.time()
         if self._rows and self._loading is None:
-            tokens = (now - self._at) / self._token_s
+            stood = min(self._prefill_s, now - self._at)
+            self._prefill_s -= stood
+            tokens = (now - self._at - stood) / self._token_s
             self._clock += tokens
             self._sampled += tokens * len(self._rows)
         self._at = now
@@ -345,6 +367,7 @@ class FakeGenerator:
                 key = next(iter(waiting))
                 row = rows[key] = waiting.pop(key)
                 row.since, row.swap = self._clock, len(self._swaps) - 1
+                self._prefill_s += row.start * self._model.prefill_s
                 self._push(row)
 
     def _push(self, row: Row) -> None:
@@ -364,7 +387,8 @@ class FakeGenerator:
         if self._loading is not None:
             cause, at = "weight_swap", None
         elif running:
-            cause, at = "engine_step", self._at + max(0.0, self._due[0][0] - self._clock) * self._token_s
+            cause = "engine_step"
+            at = self._at + self._prefill_s + max(0.0, self._due[0][0] - self._clock) * self._token_s
             if self._model.grain_s:
                 at = ceil(at / self._model.grain_s) * self._model.grain_s
         else:
@@ -386,8 +410,11 @@ class FakeGenerator:
             ended.append(row)
             return
         until = round(self._clock - row.since) + row.start
-        yields = until >= row.limit
-        spans = self._spans(row, row.sent, until)
+        self._segment(row, until, yields=until >= row.limit)
+
+    def _segment(self, row: Row, until: int, *, yields: bool) -> None:
+        """Tokens [sent, until) leave; with `yields` the row does."""
+        spans = self._spans(row, row.sent, until) if until > row.sent else []
         sampled = bytes(TOKEN_BYTES * (until - row.sent))
         self._send(
             Segment(

@@ -99,6 +99,15 @@ class TokenAccount:
         entry = self._rollouts.get(rollout)
         return 0 if entry is None else sum(count for sampled, count in entry.tokens.items() if sampled < version)
 
+    def longest_decoding(self, version: int) -> list[Rollout]:
+        """Decoding rollouts with a token of `version` or older; most tokens first, as far as reported."""
+        old = [
+            (-entry.total, rollout)
+            for rollout, entry in self._rollouts.items()
+            if entry.decoding and entry.tokens and min(entry.tokens) <= version
+        ]
+        return [rollout for _, rollout in sorted(old)]
+
     def older_than(self, version: int) -> list[Rollout]:
         """Rollouts with a token older than `version`."""
         return [rollout for rollout in self._rollouts if self.older(rollout, version)]

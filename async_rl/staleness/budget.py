@@ -17,6 +17,8 @@ SMOOTH = 0.3
 """Weight of the newest step in the mean of the pressure."""
 SAVED_STEPS = 4
 """Budget that was not used can be saved up for so many steps."""
+CALM_STEPS = 4
+"""After so many steps in a row that nobody had to wait for, waiting is no longer what limits the speed."""
 WAITING_LIMIT = 0.4
 """Without a budget the best concurrency is this many rollouts per rollout of a step and version of eta."""
 
@@ -42,16 +44,27 @@ class MaskBudget:
         """Of pressure / tokens of a batch."""
         self._pressure: tuple[int, int] | None = None
         """Of the step to come, at its first opportunity: (step, tokens)."""
+        self._calm = CALM_STEPS
+        """Steps since the last one that had to wait."""
+
+    @property
+    def waits(self) -> bool:
+        """Without a budget: stragglers hold steps back. (With one, steering keeps waiting rare.)"""
+        return self._budget == 0 and self._calm < CALM_STEPS
 
     def allows(self, step: int, pressure: int, batch_tokens: int) -> bool:
         """Whether the step may be composed now, with so many tokens of decoding rollouts doomed by it. Decoding goes on
         while it may not, so the pressure falls; without pressure, waiting would save nothing, whatever is owed."""
         if self._pressure is None or self._pressure[0] != step:
             self._pressure = step, pressure  # before any waiting, which would hide that there is too much at once
-        return pressure == 0 or pressure <= self._saved + self._budget * batch_tokens
+        allowed = pressure == 0 or pressure <= self._saved + self._budget * batch_tokens
+        if not allowed:
+            self._calm = -1
+        return allowed
 
     def composed(self, step: int, doomed: int, batch_tokens: int, most: float) -> None:
         """The step is composed and doomed so many tokens. most: what the generators can run, 0 where none is there."""
+        self._calm += 1
         allowance = self._budget * batch_tokens
         self._saved = min(self._saved + allowance - doomed, SAVED_STEPS * allowance)
         if self._budget == 0 or most == 0 or step < self._eta:  # before eta, nothing can be stale

@@ -181,8 +181,8 @@ class Segment(msgspec.Struct, frozen=True, tag=True):
     finish_reason: FinishReason | None = None
     """Set on the last segment of a call."""
     yielded: bool = False
-    """The lease of this member ends here, its token budget is used up: whoever takes it next goes on after this
-    segment, which may be empty."""
+    """The lease of this member ends here, its token budget is used up or a Yield asked for it: whoever takes it next
+    goes on after this segment, which may be empty."""
 
 
 class Positions(msgspec.Struct, frozen=True, tag=True):
@@ -273,6 +273,14 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Yield(msgspec.Struct, frozen=True, tag=True):
+    """Hand these members back: a Segment with `yielded` and all that is not durable yet, then they go on elsewhere.
+    Those that end first, or wait for weights, are left as they are."""
+
+    group_id: int
+    members: list[int]
+
+
 class Ack(msgspec.Struct, frozen=True, tag=True):
     """These members are committed to the ledger; the generator forgets them."""
 
@@ -338,7 +346,7 @@ GeneratorMessage: TypeAlias = (
 )
 """What a generator may send."""
 
-ToGenerator: TypeAlias = HelloAck | Lease | Cancel | Ack | WeightsAnnounce | WeightGroup | Heartbeat | Shutdown
+ToGenerator: TypeAlias = HelloAck | Lease | Cancel | Yield | Ack | WeightsAnnounce | WeightGroup | Heartbeat | Shutdown
 """What a generator may receive."""
 
 LearnerMessage: TypeAlias = (

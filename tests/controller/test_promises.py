@@ -50,7 +50,7 @@ faults = st.builds(
     at=st.floats(0.01, 8.0),
     kind=st.sampled_from(["generator", "line", "learner", "controller"]),
     away_s=st.sampled_from([0.01, 0.5, 2.0, 6.0]),  # 3 s of silence are a death
-    index=st.integers(0, 2),
+    index=st.integers(0, 4),
 )
 
 
@@ -68,7 +68,7 @@ def schedules(draw: Callable[[Any], Any], on_stale: OnStale, *, friendly: bool =
             "lease_tokens": draw(st.sampled_from([0, 25])),
         },
         generator={
-            "count": draw(st.integers(1, 3)),
+            "count": draw(st.integers(1, 5)),
             "slots": draw(st.sampled_from([2, 4, 16])),
             "queued_rollouts": draw(st.sampled_from([0, 4])),
         },

@@ -157,6 +157,70 @@ def test_a_call_that_ends_at_its_own_limit_does_not_yield(virtual: Run) -> None:
     virtual(main())
 
 
+async def handed_back(running: Hosted, asked: GroupLease, after_s: float) -> tuple[list[RolloutResult], int]:
+    """The results where every member is wanted back `after_s` seconds into the first two leases, and how many there
+    were."""
+    results: list[RolloutResult] = []
+    segments: list[Segment] = []
+    leases, left = 0, list(asked.members)
+    while left:
+        loop = asyncio.get_running_loop()
+        if leases < 2:
+            loop.call_later(after_s, running.host.hand_back, asked.group_id, left)
+        await running.run(msgspec.structs.replace(asked, members=left, segments=segments))
+        assert not running.failures
+        results += running.results
+        segments += running.segments
+        left = [segment.member for segment in running.segments if segment.yielded]
+        leases += 1
+    return by_member(results), leases
+
+
+@pytest.mark.parametrize("episode", [one_turn, conversation])
+@pytest.mark.parametrize("segment_tokens", [0, 16])
+def test_handed_back_at_any_moment_it_ends_the_same(virtual: Run, episode: Episode, segment_tokens: int) -> None:
+    """In the engine, before the engine has it, in the environment, at its last token."""
+
+    async def main() -> None:
+        async with hosted(episode) as running:
+            asked = lease(members=MEMBERS, segment_tokens=segment_tokens)
+            await running.run(asked)
+            whole = by_member(running.results)
+            interrupted = 0
+            for after_s in [0.012 + 0.0173 * i for i in range(20)]:
+                results, leases = await handed_back(running, asked, after_s)
+                assert results == whole
+                interrupted += leases > 1
+            assert interrupted > 10
+
+    virtual(main())
+
+
+def test_what_is_handed_back_before_its_first_token_begins_anew(virtual: Run) -> None:
+    async def main() -> None:
+        async with hosted(one_turn) as running:
+            running.host.start([lease()])
+            await asyncio.sleep(0)  # it has asked, and nothing was submitted yet
+            running.host.hand_back(7, [0])
+            await running.until(lambda: running.ended == 1)
+            (segment,) = running.segments
+            assert segment.yielded and tokens(segment) == 0
+
+    virtual(main())
+
+
+def test_evaluation_is_not_handed_back(virtual: Run) -> None:
+    async def main() -> None:
+        async with hosted(one_turn) as running:
+            await running.run(lease(purpose="eval"))
+            whole = running.results
+            asyncio.get_running_loop().call_later(0.1, running.host.hand_back, 7, [0])
+            await running.run(lease(purpose="eval"))
+            assert running.results == whole and not running.segments
+
+    virtual(main())
+
+
 def test_evaluation_is_neither_persisted_nor_cut_short(virtual: Run) -> None:
     async def main() -> None:
         async with hosted(conversation) as running:

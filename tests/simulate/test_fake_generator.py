@@ -30,6 +30,7 @@ from async_rl.wire.messages import (
     WeightsAnnounce,
     WeightsId,
     WeightsLive,
+    Yield,
 )
 
 Virtual = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -196,6 +197,41 @@ def test_segments_only_where_asked_and_a_lease_that_is_used_up_is_continued(virt
     spans = finished.members[0].sequences[0].spans
     assert [(span.start, span.end, span.version) for span in spans] == [(0, 3, 0), (3, 6, 0), (6, 7, 0), (7, 10, 1)]
     assert len(finished.members[0].sequences[0].tokens) == 40
+
+
+def test_what_is_wanted_back_goes_on_elsewhere_after_its_cache_is_there(virtual: Virtual) -> None:
+    """Six tokens of ten at a half second each to compute again; another row of the engine stands still as well."""
+
+    async def play(script: Script) -> None:
+        script.announce(0)
+        script.lease([0])
+        await asyncio.sleep(6)
+        script.say(Yield(0, [0, 1]))
+        await asyncio.sleep(4)
+        script.lease([1], group_id=1)
+        script.lease([0], segments=[message for _, message in script.all(Segment)])
+        await asyncio.sleep(30)
+
+    script = scripted(virtual, play, [10, 4], prefill_s=0.5)
+    ((at, segment),) = script.all(Segment)
+    assert (round(at), len(segment.tokens) // 4, segment.yielded) == (6, 6, True), "nobody has member 1"
+    assert [message.limit for _, message in script.all(Credit)] == [8, 9, 11]
+    ends = script.ends()
+    assert {member: round(at) for member, at in ends.items()} == {0: 17, 1: 17}
+    (result,) = [one for _, m in script.all(Finished) for one in m.members if one.member == 0]
+    assert [(span.start, span.end) for span in result.sequences[0].spans] == [(0, 6), (6, 10)]
+
+
+def test_what_has_ended_is_not_handed_back(virtual: Virtual) -> None:
+    async def play(script: Script) -> None:
+        script.announce(0)
+        script.lease([0])
+        await asyncio.sleep(5 - 1e-4)
+        script.say(Yield(0, [0]))
+        await asyncio.sleep(10)
+
+    script = scripted(virtual, play, [5])
+    assert not script.all(Segment) and list(script.ends()) == [0]
 
 
 def test_results_are_said_again_until_they_are_acknowledged(virtual: Virtual) -> None:
