@@ -20,16 +20,3 @@ class Check(msgspec.Struct, frozen=True):
 
 def line(check: Check) -> str:
     return f"{check.status:<4}  {check.name:<19}  {check.detail}"
-
-
-def size(count: float) -> str:
-    """Bytes, as a person reads them.
-
-    >>> size(3 << 29)
-    '1.5 GiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

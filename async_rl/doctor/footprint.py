@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 import torch
 
-from async_rl.config import Run
+from async_rl.config import Model, Run
 from async_rl.learner.logprobs import CHUNK_ELEMENTS
+from async_rl.learner.trainer import build_objective
 from async_rl.models.loading import load_config
 from async_rl.models.parameters import Layout
 from async_rl.weights.shared_memory import KEEP
@@ -51,10 +52,14 @@ class Footprint(msgspec.Struct, frozen=True):
     generator: int
     """Of one generator: weights, and a KV cache with every slot taken."""
     learner: int
-    """Of one rank: weights, optimiser, and the activations of one micro-batch."""
+    """Of one rank: its models, and the activations of one micro-batch."""
     checkpoint: int
     ledger: int
     """At most, of what waits for a checkpoint and of what is kept."""
+    models: dict[str, int]
+    """Of one learner rank, by role: weights, and gradients and optimiser where it is trained."""
+    parked: int
+    """Of the learner's models that leave the GPU between uses: host memory then."""
 
     def shared_memory(self, run: Run) -> int:
         return SNAPSHOTS * self.snapshot if run.weights.transport == "shared_memory" else 0
@@ -73,26 +78,62 @@ class Footprint(msgspec.Struct, frozen=True):
             (learner, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),
         ):
             taken[device.type] = taken.get(device.type, 0) + amount
+        if learner.type == "cuda":
+            taken["cpu"] += run.learner.ranks * self.parked
         return taken
 
 
 def footprint(run: Run) -> Footprint:
-    """Raises UserError where the model's config cannot be read."""
+    """Raises UserError where the config of a model cannot be read, or the algorithm is wrong."""
     config: Any = load_config(run.model)
     layout = Layout.of(config, dtype=getattr(torch, run.generator.dtype))
     parameters = sum(prod(entry.shape) for entry in layout.entries)
     limit = config.max_position_embeddings
     limit = min(run.generator.max_length, limit) if run.generator.max_length else limit
     tokens = min(limit, PROMPT_TOKENS + run.rollout.max_new_tokens)
+    models, saved, parked = _models(run, parameters)
     return Footprint(
         parameters=parameters,
         sequence_tokens=tokens,
         snapshot=layout.nbytes,
         generator=ENGINE_SETS * layout.nbytes + _kv_cache(run, config, min(limit, _power_of_two(tokens))),
-        learner=MASTER_BYTES * parameters + _activations(run, config, tokens),
-        checkpoint=SAVED_BYTES * parameters,
+        learner=sum(models.values()) + _activations(run, config, tokens),
+        checkpoint=SAVED_BYTES * parameters + saved,
         ledger=_ledger(run, tokens),
+        models=models,
+        parked=parked,
     )
+
+
+def _models(run: Run, policy: int) -> tuple[dict[str, int], int, int]:
+    """Bytes of the learner's models by role; of those beside the policy in a checkpoint; and of those that are parked.
+
+    policy: its parameters. A frozen model keeps its matrices in the dtype of the products: nearly all of it.
+    """
+    objective = build_objective(run.algorithm)
+    frozen_bytes = getattr(torch, run.learner.dtype).itemsize
+
+    def parameters(path: str, field: str) -> int:
+        if not path:
+            return policy
+        entries = Layout.of(load_config(Model(path=path), field=field)).entries
+        return sum(prod(entry.shape) for entry in entries)
+
+    models, saved, parked = {"policy": MASTER_BYTES * policy}, 0, 0
+    if objective.needs_critic:
+        scored = run.reward_model.path if run.critic.init == "reward_model" else ""
+        critic = parameters(run.critic.path or scored, "critic.path")
+        models["critic"] = MASTER_BYTES * critic
+        saved += SAVED_BYTES * critic
+    if objective.needs_reference:
+        reference = parameters(run.reference.path, "reference.path")
+        models["reference"] = frozen_bytes * reference
+        parked += models["reference"] if run.reference.offload else 0
+        saved += frozen_bytes * reference if run.reference.refresh_steps else 0
+    if run.reward_model.path:
+        models["reward_model"] = frozen_bytes * parameters(run.reward_model.path, "reward_model.path")
+        parked += models["reward_model"] if run.reward_model.offload else 0
+    return models, saved, parked
 
 
 def _kv_cache(run: Run, config: Any, tokens: int) -> int:

@@ -17,7 +17,8 @@ from importlib import metadata
 from pathlib import Path
 
 from async_rl.config import Run
-from async_rl.doctor.check import Check, size
+from async_rl.doctor.check import Check
+from async_rl.units import size
 
 DISTRIBUTION = "async-rl"
 MODULES = {"pyzmq": "zmq"}

@@ -30,6 +30,7 @@ from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
 from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
+from async_rl.learner.memory import Holdings, holdings
 from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.roles import Roles
@@ -39,6 +40,7 @@ from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.models.memory import trim_heap
 from async_rl.models.parameters import Layout
+from async_rl.telemetry.run_directory import RunDirectory, write_json
 from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.messages import MicroBatches, WeightsId
 
@@ -57,6 +59,7 @@ class Learner:
         self.ranks = ranks or Ranks.start(choose_device(run.learner.device))
         self._owns_ranks = ranks is None
         self._run = run
+        self._run_directory, self._measured = RunDirectory(run_directory), False
         directory = run_directory / CHECKPOINTS
         self._writer = CheckpointWriter(directory, run.checkpoint)
         self.version = 0
@@ -124,7 +127,15 @@ class Learner:
         trim_heap()
         self.version += 1
         self.roles.after_step(self._policy, self.version)
+        if not self._measured and self.ranks.rank == 0:
+            self._measured = True
+            self._run_directory.path.mkdir(parents=True, exist_ok=True)
+            write_json(self._run_directory.memory, self.memory())
         return metrics | {"train_s": time.monotonic() - started}
+
+    def memory(self) -> Holdings:
+        """See learner.memory; written to memory.json after the first step."""
+        return holdings(self._policy, self._optimisation.optimizer, self.roles)
 
     def snapshot(self, out: Tensor) -> None:
         """Copy the weights into `out` ([layout.nbytes] uint8), as the wire wants them; `Publisher.publish` calls it."""

@@ -29,6 +29,7 @@ from async_rl.telemetry.journal import EDGE_STEPS, EvalSummary, Row, summarise
 from async_rl.telemetry.plots import Plot
 from async_rl.telemetry.run_directory import RunDirectory, write_atomically
 from async_rl.telemetry.samples import Pair
+from async_rl.units import size
 
 TEMPLATE = "report.html.jinja"
 MAX_TRACEBACKS = 5
@@ -93,7 +94,7 @@ def write_report(directory: RunDirectory) -> Report:
         "done": done,
         "run": run,
         "changes": _changes(rows, evaluations),
-        "facts": _facts(rows, summary, run),
+        "facts": _facts(rows, summary, run) + _memory(directory.load_memory()),
         "plots": [(plot, base64.b64encode(plot.png).decode()) for plot in drawn],
         "samples": _samples(directory, run, done, missing),
         "differences": _differences(run),
@@ -220,6 +221,15 @@ def _facts(rows: Sequence[Row], summary: Row, run: Run) -> list[tuple[str, str]]
         ("steps skipped", f"{skipped:.0f}"),
     ]
     return facts + [(f"{role} at work", f"{share:.1%} of its time") for role, share in summary["busy"].items()]
+
+
+def _memory(memory: Row) -> list[tuple[str, str]]:
+    """One line for each model of the learner: memory of the critic: weights 1.2 MiB, gradients 1.2 MiB ... on cpu."""
+    lines: list[tuple[str, str]] = []
+    for role, kinds in memory.items():
+        held = [f"{kind} {size(count)} on {device}" for kind, by in kinds.items() for device, count in by.items()]
+        lines.append((f"memory of the {role.replace('_', ' ')}, a learner rank", ", ".join(held)))
+    return lines
 
 
 def _samples(directory: RunDirectory, run: Run, done: int, missing: list[str]) -> Row | None:

@@ -6,6 +6,7 @@ evaluations.jsonl one object per evaluation      samples.jsonl  held-out tasks a
 summary.json      when the run is complete       failures.jsonl tracebacks of failed episodes
 plots/ report.html what a person reads           logs/          one file per process
 lock              who is at work here            admin.json     where the admin endpoint listens
+memory.json       bytes of each model of the learner, by kind and device, after its first step
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class RunDirectory:
         self.config, self.summary, self.lock = self.path / "config.json", self.path / "summary.json", self.path / "lock"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
         self.failures, self.admin = self.path / "failures.jsonl", self.path / "admin.json"
+        self.memory = self.path / "memory.json"
         self.samples, self.plots, self.report = (
             self.path / "samples.jsonl",
             self.path / "plots",
@@ -88,6 +90,10 @@ class RunDirectory:
 
     def load_summary(self) -> Row | None:
         return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+    def load_memory(self) -> Row:
+        """Empty where the learner has not trained yet."""
+        return json.loads(self.memory.read_text()) if self.memory.exists() else {}
 
     def load_metrics(self) -> list[Row]:
         return _read_lines(self.metrics)
@@ -191,6 +197,7 @@ class DirectoryJournal:
             _append(self._directory.failures, [row])
 
     def summary(self, summary: Row) -> None:
+        summary = {**summary, "memory": self._directory.load_memory()}
         write_atomically(self._directory.summary, json.dumps(summary, indent=2) + "\n")
         self._tell("summary", summary)
 

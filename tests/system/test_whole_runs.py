@@ -30,6 +30,7 @@ SUMMARY = {
     "lag",
     "masked_fraction",
     "versions",
+    "memory",
 }
 ROW = {"step", "wall_s", "reward", "samples", "tokens", "tokens_per_cpu_s", "idle", "lag", "masked_fraction", "version"}
 
@@ -41,6 +42,7 @@ def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
     assert "complete: 25 steps" in printed
     result, steps = summary(run), rows(run)
     assert result.keys() >= SUMMARY and result["steps"] == 25
+    assert list(result["memory"]) == ["policy"], "no model that the recipe does not need"
     assert result["lag"]["max"] <= 4 and result["masked_fraction"] == 0
     assert [row["step"] for row in steps] == list(range(25)) and all(row.keys() >= ROW for row in steps)
     for role in ("generator", "learner"):
