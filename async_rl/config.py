@@ -145,9 +145,18 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    transport: Literal["shared_memory", "process_group"] = "shared_memory"
-    """shared_memory: one host. process_group: a torch.distributed group of its own (gloo, NCCL on CUDA)."""
+    transport: Literal["auto", "shared_memory", "process_group", "http"] = "auto"
+    """shared_memory: one host. process_group: a torch.distributed group of its own (gloo, NCCL on CUDA). http: from the
+    learner, for slow links. auto: shared memory within the learner's machine, a group with others (docs/weights.md)."""
     timeout_s: float = 30.0
+    """A transfer in which nothing moves for so long has failed."""
+    host: str = ""
+    """Address of the learner's machine that others fetch weights from; default controller.host. That network must be
+    trusted."""
+    relay_port: int = 0
+    """Of the learner's HTTP relay; 0 = any free port."""
+    full_every: int = 20
+    """http: of so many sets at least one comes whole, the others only in what changed; 1 = all come whole."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -465,6 +474,7 @@ def _check(run: Run) -> None:
         ("checkpoint.keep", run.checkpoint.keep),
         ("environment.timeout_s", run.environment.timeout_s),
         ("weights.timeout_s", run.weights.timeout_s),
+        ("weights.full_every", run.weights.full_every),
         ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
         ("controller.watchdog_s", run.controller.watchdog_s),
         ("rollout.attempts", run.rollout.attempts),

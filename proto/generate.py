@@ -54,8 +54,8 @@ EXAMPLES: dict[str, list[Any]] = {
         m.BatchRequest(3),
         m.StepDone(3, m.WeightsId(0, 4), {"loss": -0.02, "reward": 0.5}, ACTIVITY),
         m.CheckpointSaved(4, "checkpoints/v00000004"),
-        m.WeightsAnnounce(m.WeightsId(0, 4), "process_group", "2", 436224, 305419896),
-        m.WeightsFailed(m.WeightsId(0, 4), "generator-1 did not join"),
+        m.WeightsAnnounce(m.WeightsId(0, 4), "http", "http://127.0.0.1:80", 436224, 1 << 63, token="t", changed=0.25),
+        m.WeightsFailed(m.WeightsId(0, 4), "generator-1 did not come", ["generator-1"]),
         m.Heartbeat(ACTIVITY, m.WeightsId(0, 4)),
     ],
     "controller_to_learner": [

@@ -26,6 +26,7 @@ from async_rl.controller.evaluation import Evaluations
 from async_rl.controller.fast_lane import FastLane
 from async_rl.controller.generators import Generators, Peer
 from async_rl.controller.watchdog import Watchdog
+from async_rl.controller.weight_routes import WeightRoutes
 from async_rl.errors import UserError
 from async_rl.ledger.ledger import Group, Ledger
 from async_rl.ledger.states import State
@@ -57,7 +58,6 @@ from async_rl.wire.messages import (
     TerminalEvent,
     ToGenerator,
     ToLearner,
-    WeightGroup,
     WeightsAnnounce,
     WeightsFailed,
     WeightsLive,
@@ -69,6 +69,8 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 3.5
 """A learner that is told to stop has so long for its last checkpoint; without it, the steps since are replayed."""
 FINISH_TIMEOUT_S = 600.0
+SILENT_S = 3.0
+"""Three heartbeats: weights do not wait for a generator that is silent for longer."""
 EVALUATION_TIMEOUT_S = 1800.0
 PULSE_INTERVAL_S = 0.25
 TURN_S = 0.001
@@ -106,16 +108,23 @@ class Controller:
         rollouts.epoch = training.epoch = ledger.run.epoch
         self._loop = asyncio.get_running_loop()
         timeout_s = run.controller.heartbeat_timeout_s
-        self._generators = Generators(rollouts.send, self._generator_gone, self._lease_again, timeout_s=timeout_s)
+        self._generators = Generators(
+            rollouts.send,
+            self._generator_gone,
+            self._lease_again,
+            timeout_s=timeout_s,
+            silent_s=SILENT_S,
+            silence=self._silence,
+        )
         heldout = heldout_tasks(tasks, run.evaluation.tasks)
         self._evaluations = Evaluations(heldout, max_new_tokens=run.rollout.max_new_tokens)
         self._learner: str | None = None
         """Connection of the learner."""
         self._requested: int | None = None
         """The step whose batch the learner waits for."""
-        self._weights_store = ""
-        self._announce: WeightsAnnounce | None = None
-        self._group_epoch = 0
+        self._routes = WeightRoutes(run.weights.transport)
+        self._changed: list[float] = []
+        """Share of the elements that changed, of each published set where it was measured."""
         self._live_updates = 0
         self._composer = Composer(run, ledger, room=lambda: self._generators.room, withdraw=self._withdraw)
         self._lane = FastLane(self._generators, self._composer, rollouts.send)
@@ -438,9 +447,15 @@ class Controller:
                 peer.weights = weights
                 self._live_updates += 1
                 self._live.set()
+                if self._routes.live(peer):
+                    self._regroup()
             case WeightsFailed(weights, reason):
                 log.warning("weights %d did not reach %s: %s", weights.version, peer.name, reason)
-                self._weights_failed(peer, weights.version)
+                again = self._routes.failed(peer, weights)
+                if again is not None:
+                    self._rollouts.send(peer.id, again)
+                if self._routes.transport(peer) == "process_group":
+                    self._regroup()  # it has left the group
             case Positions(weights, sampled):
                 if peer.counted is not None:
                     for group_id, member, total in sampled:
@@ -500,12 +515,13 @@ class Controller:
             ours = PROTOCOL_VERSION
             self._rollouts.send(peer_id, Shutdown(f"you speak protocol {hello.protocol}, this controller {ours}"))
             return
-        peer = self._generators.hello(peer_id, hello.name)
+        peer = self._generators.hello(peer_id, hello.name, hello.machine)
         peer.weights = peer.counted = hello.weights
         self._rollouts.send(peer_id, HelloAck(f"{hello.name}/{hello.pid}"))
+        first = self._routes.joined(peer)
+        if first is not None:
+            self._rollouts.send(peer_id, first)
         self._regroup()
-        if self._announce is not None and self._announce.transport == "shared_memory":
-            self._rollouts.send(peer_id, self._announce)
 
     def _generator_gone(self, name: str) -> None:
         self.journal.say(f"{name} is silent: what it held is leased again")
@@ -515,23 +531,29 @@ class Controller:
     # --- weights ----------------------------------------------------------------------------------------------
 
     def _regroup(self) -> None:
-        """The members changed: a new weight group under a new epoch. The learner then publishes again."""
-        if self.run_config.weights.transport != "process_group" or self._learner is None:
+        """The members changed: a new weight group under a new epoch. Who is in none fetches what it lacks."""
+        if self._learner is None:
             return
-        self._group_epoch += 1
-        members = [peer.name for peer in self._generators.peers.values()]
-        group = WeightGroup(self._group_epoch, members, self._weights_store)
+        group = self._routes.regroup(self._generators.peers.values())
+        if group is None:
+            return
         self._training.send(self._learner, group)
         self._generators.broadcast(group)
+        for peer, announce in self._routes.catch_up(self._generators.peers.values()):
+            self._rollouts.send(peer.id, announce)
 
-    def _weights_failed(self, peer: Peer, version: int) -> None:
-        current = self._announce
-        if current is None or current.weights.version != version:
-            return  # newer ones are on their way
-        if current.transport == "process_group":
+    def _silence(self, peer: Peer) -> None:
+        """A generator's heartbeats are late, or back."""
+        if self._routes.grouped:
+            log.warning("%s is %s", peer.name, "silent" if peer.silent else "heard again")
+            self._routes.silence(peer)
             self._regroup()
-        else:
-            self._rollouts.send(peer.id, current)
+
+    def _announced(self, announce: WeightsAnnounce) -> None:
+        if announce.changed is not None:
+            self._changed.append(announce.changed)
+        for peer in self._routes.announced(announce, self._generators.peers.values()):
+            self._rollouts.send(peer.id, announce)
 
     # --- training stream --------------------------------------------------------------------------------------
 
@@ -555,10 +577,10 @@ class Controller:
                 if version >= self.version:
                     self._when_committed(self._checkpointed.set)
             case WeightsAnnounce():
-                self._announce = message
-                self._generators.broadcast(message)
-            case WeightsFailed(weights, reason):
+                self._announced(message)
+            case WeightsFailed(weights, reason, missing):
                 log.warning("weights %d were not published: %s", weights.version, reason)
+                self._routes.group_failed(missing)
                 self._regroup()
             case Heartbeat(activity):
                 if activity is not None:
@@ -566,9 +588,9 @@ class Controller:
 
     def _learner_hello(self, peer_id: str, hello: Hello) -> None:
         version = hello.weights.version if hello.weights is not None else 0
-        self._learner, self._requested, self._weights_store = None, None, hello.weights_store
+        self._learner, self._requested = None, None
+        self._routes.learner(hello.weights_store, hello.machine)
         self.version = version
-        self._announce = None
         self._composer.attention_share = hello.attention_share
         self._recover(version)
         self.journal.rewind(version)
@@ -642,6 +664,7 @@ class Controller:
             "lag": batch.lags.summary(),
             "masked_fraction": batch.lags.masked_fraction,
             "early_fraction": batch.early_fraction,
+            **({"weights_changed": self._changed[-1]} if self._changed else {}),
             **({} if self._length_report is None else {"length": self._length_report}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],

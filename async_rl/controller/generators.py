@@ -27,6 +27,8 @@ class Peer:
     """Of its connection."""
     name: str
     """Stable across restarts."""
+    machine: str
+    """Of its Hello."""
     heard: float
     """Loop time of its last frame."""
     credit: int = 0
@@ -43,6 +45,8 @@ class Peer:
         """Rollouts it accepts now."""
         return self.credit - self.leased
 
+    silent: bool = False
+    """Its heartbeats are late, but not yet so late that it is gone."""
     weights: WeightsId | None = None
     counted: WeightsId | None = None
     """The weights of its last Positions: what its rollouts sampled since then, until the next Positions, is theirs."""
@@ -56,6 +60,7 @@ class Generators:
         send: puts a message on the rollout stream.
         gone: called with the name of a generator whose heartbeats stopped.
         again: what is leased instead of a lease whose generator is gone; None: nothing.
+        silence: called when a generator's heartbeats are `silent_s` late (`peer.silent`), and when they are back.
     """
 
     def __init__(
@@ -65,7 +70,10 @@ class Generators:
         again: Callable[[GroupLease], GroupLease | None],
         *,
         timeout_s: float,
+        silent_s: float,
+        silence: Callable[[Peer], None],
     ) -> None:
+        self._silent_s, self._silence = min(silent_s, timeout_s), silence
         self.peers: dict[str, Peer] = {}
         """connection id -> generator"""
         self._send, self._gone, self._again, self._timeout_s = send, gone, again, timeout_s
@@ -97,11 +105,11 @@ class Generators:
                 return peer
         return None
 
-    def hello(self, peer_id: str, name: str) -> Peer:
+    def hello(self, peer_id: str, name: str, machine: str = "") -> Peer:
         """A generator arrives. An older connection of the same name is void."""
         for old in [peer for peer in self.peers.values() if peer.name == name]:
             self.remove(old)
-        peer = self.peers[peer_id] = Peer(peer_id, name, asyncio.get_running_loop().time())
+        peer = self.peers[peer_id] = Peer(peer_id, name, machine, asyncio.get_running_loop().time())
         self._arm(peer)
         return peer
 
@@ -114,6 +122,9 @@ class Generators:
 
     def heard(self, peer: Peer) -> None:
         peer.heard = asyncio.get_running_loop().time()
+        if peer.silent:
+            peer.silent = False
+            self._silence(peer)
 
     def remove(self, peer: Peer) -> None:
         """It is gone: what it held is leased again, before anything younger."""
@@ -210,11 +221,16 @@ class Generators:
 
     def _arm(self, peer: Peer) -> None:
         loop = asyncio.get_running_loop()
-        self._watch[peer.id] = loop.call_at(peer.heard + self._timeout_s, self._expire, peer)
+        after = self._timeout_s if peer.silent else self._silent_s
+        self._watch[peer.id] = loop.call_at(peer.heard + after, self._late, peer)
 
-    def _expire(self, peer: Peer) -> None:
-        if peer.heard + self._timeout_s > asyncio.get_running_loop().time():
-            self._arm(peer)
+    def _late(self, peer: Peer) -> None:
+        late = asyncio.get_running_loop().time() - peer.heard
+        if late >= self._timeout_s:
+            self.remove(peer)
+            self._gone(peer.name)
             return
-        self.remove(peer)
-        self._gone(peer.name)
+        if late >= self._silent_s and not peer.silent:
+            peer.silent = True
+            self._silence(peer)
+        self._arm(peer)

@@ -61,8 +61,7 @@ def _fits(run: Run, run_directory: Path) -> Generator[Check]:
     estimate = footprint(run)
     learner = distributed.choose_device(run.learner.device)
     taken = estimate.by_device(run, local_engine.choose_device(run.generator.device), learner)
-    if run.weights.transport == "shared_memory":
-        yield machine.shared_memory(estimate.shared_memory(run))
+    yield machine.shared_memory(estimate.shared_memory)
     yield machine.disk(run_directory, estimate.checkpoints(run), estimate.ledger)
     data = {"footprint": msgspec.to_builtins(estimate), "taken": taken}
     cpu = machine.memory(taken["cpu"], machine.available_memory())

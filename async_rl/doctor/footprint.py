@@ -17,7 +17,7 @@ from async_rl.learner.logprobs import CHUNK_ELEMENTS
 from async_rl.learner.trainer import build_objective
 from async_rl.models.loading import load_config
 from async_rl.models.parameters import Layout
-from async_rl.weights.shared_memory import KEEP
+from async_rl.weights.files import KEEP
 
 PROMPT_TOKENS = 256
 """Assumed for a prompt, where the model's limit allows it."""
@@ -61,8 +61,10 @@ class Footprint(msgspec.Struct, frozen=True):
     parked: int
     """Of the learner's models that leave the GPU between uses: host memory then."""
 
-    def shared_memory(self, run: Run) -> int:
-        return SNAPSHOTS * self.snapshot if run.weights.transport == "shared_memory" else 0
+    @property
+    def shared_memory(self) -> int:
+        """Files of weights: every transport has them."""
+        return SNAPSHOTS * self.snapshot
 
     def checkpoints(self, run: Run) -> int:
         """Those that are kept, and one being written."""
@@ -72,7 +74,7 @@ class Footprint(msgspec.Struct, frozen=True):
         """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""
         processes = run.generator.count + run.learner.ranks
         copies = STAGING * self.snapshot + self.checkpoint  # a checkpoint is copied first and then written
-        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory(run) + copies}
+        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copies}
         for device, amount in (
             (generator, run.generator.count * self.generator),
             (learner, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),

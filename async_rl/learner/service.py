@@ -18,6 +18,7 @@ from async_rl.errors import ProtocolError
 from async_rl.learner.optimisation import Abandoned
 from async_rl.learner.trainer import Learner
 from async_rl.telemetry.activity import Tracker
+from async_rl.weights.machine import machine
 from async_rl.wire.messages import (
     BatchRequest,
     CheckpointSaved,
@@ -86,6 +87,7 @@ class LearnerService:
             weights=learner.weights,
             weights_store=self._publisher.store,
             attention_share=learner.attention_share,
+            machine=machine(),
         )
         self._transport.send(hello)
         async with asyncio.TaskGroup() as self._tasks:

@@ -16,9 +16,6 @@ from math import prod
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-ALIGNMENT = 64
-"""Bytes; every tensor starts at a multiple, so that views of any dtype are valid and cache lines are not shared."""
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -37,7 +34,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each parameter lies. Both ends compute it from the same config and dtype: compare `fingerprint`."""
+    """Where each parameter lies. Both ends compute it from the same config and dtype: compare `fingerprint`.
+
+    Tensors lie without gaps, wide dtypes first, so that each is aligned to its own: the layout of a safetensors file.
+    """
 
     entries: tuple[Entry, ...]
 
@@ -47,19 +47,28 @@ class Layout:
         if isinstance(model, PreTrainedConfig):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(model)
+        return cls.pack_up((name, tuple(p.shape), dtype or p.dtype) for name, p in model.named_parameters())
+
+    @classmethod
+    def pack_up(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> Layout:
+        """Of (name, shape, dtype); the order is kept among those of equal width."""
         entries: list[Entry] = []
         offset = 0
-        for name, parameter in model.named_parameters():
-            entry = Entry(name, tuple(parameter.shape), dtype or parameter.dtype, offset)
-            entries.append(entry)
-            offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        for name, shape, dtype in sorted(tensors, key=lambda tensor: -tensor[2].itemsize):
+            entries.append(Entry(name, shape, dtype, offset))
+            offset += entries[-1].nbytes
         return cls(tuple(entries))
 
     @property
     def nbytes(self) -> int:
         """Size of the buffer."""
         last = self.entries[-1]
-        return last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+        return last.offset + last.nbytes
+
+    @property
+    def width(self) -> int:
+        """Bytes of the narrowest dtype: the buffer is a whole number of elements of this width."""
+        return min(entry.dtype.itemsize for entry in self.entries)
 
     @property
     def fingerprint(self) -> int:
@@ -70,8 +79,7 @@ class Layout:
     def pack(self, named: Iterable[tuple[str, torch.Tensor]], out: torch.Tensor) -> None:
         """Copy the tensors into `out` ([nbytes] uint8, any device), cast to the layout's dtypes.
 
-        Names the layout does not have (a tied head) are left out; the bytes between tensors become 0, so that equal
-        weights give equal buffers.
+        Names the layout does not have (a tied head) are left out. Equal weights give equal buffers.
 
         Raises:
             ValueError: a tensor is missing or has another shape, or `out` is too small.
@@ -86,8 +94,6 @@ class Layout:
             view.copy_(tensor)
         if views:
             raise ValueError(f"{len(views)} tensors of the layout were not given, the first is {next(iter(views))}")
-        for entry, end in zip(self.entries, [*(e.offset for e in self.entries[1:]), self.nbytes], strict=True):
-            out[entry.offset + entry.nbytes : end] = 0
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name -> tensor that shares memory with `buffer` ([nbytes] uint8 or more)."""

@@ -18,6 +18,7 @@ from async_rl.rollout.host import EpisodeHost
 from async_rl.rollout.policy import Text
 from async_rl.telemetry.activity import process_cpu_s
 from async_rl.weights.errors import WeightsError, WeightsGone
+from async_rl.weights.machine import machine
 from async_rl.wire.messages import (
     Ack,
     Activity,
@@ -121,6 +122,7 @@ class RolloutWorker:
         self._ended = 0
         """Rollouts that were finished, failed, cancelled or yielded."""
         self._newest: WeightsAnnounce | None = None
+        self._loading = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._welcomed: asyncio.Future[float] = self._loop.create_future()
         """The heartbeat interval, once the controller has answered the Hello."""
@@ -130,7 +132,8 @@ class RolloutWorker:
         """Returns why it ended; `restart` is set where only a new process can go on. Raises what the engine, the host
         or the wire raise."""
         self._engine.start(self.host.deliver_threadsafe)
-        self._transport.send(Hello("generator", self._name, os.getpid(), weights=self._engine.weights))
+        live = self._engine.weights
+        self._transport.send(Hello("generator", self._name, os.getpid(), weights=live, machine=machine()))
         self._send_credit()
         try:
             await self._run()
@@ -229,19 +232,28 @@ class RolloutWorker:
         self.host_call(self.host.hold, bool(self._held))
 
     async def _take_weights(self, announce: WeightsAnnounce) -> None:
-        if announce.transport == "shared_memory" and announce is not self._newest:
+        if announce.transport != "process_group" and (announce is not self._newest or self._holds(announce.weights)):
             return  # a file can be skipped; a broadcast has to be joined
         try:
-            swap = await self._engine.load_weights(await self._receiver.fetch(announce))
+            snapshot = await self._receiver.fetch(announce)
+            async with self._loading:
+                if self._holds(snapshot.weights):
+                    return  # newer ones came another way
+                swap = await self._engine.load_weights(snapshot)
+                self._transport.send(WeightsLive(snapshot.weights, swap.stall_s))
+                self.host_call(self._tell_positions, snapshot.weights, swap)
         except WeightsGone:
             return  # newer ones are on their way
         except (WeightsError, ValueError) as error:
             log.warning("weights %s did not arrive: %s", announce.weights, error)
             self._transport.send(WeightsFailed(announce.weights, str(error)))
             return
-        self._transport.send(WeightsLive(announce.weights, swap.stall_s))
-        self.host_call(self._tell_positions, announce.weights, swap)
         self._release()
+
+    def _holds(self, weights: WeightsId) -> bool:
+        """These, or newer ones."""
+        live = self._engine.weights
+        return live is not None and live >= weights
 
     def _tell_positions(self, weights: WeightsId, swap: Swap) -> None:
         """On the host's loop."""

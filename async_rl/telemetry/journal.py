@@ -100,6 +100,7 @@ def summarise(
     # a step whose end the controller did not hear of, because it died, has no row
     steps = versions.get("trained", len(rows))
     tokens = sum(row["tokens"] for row in rows)
+    changed = [row["weights_changed"] for row in rows if "weights_changed" in row]
     weighted = sum(row["tokens"] * (1 - row["masked_fraction"]) for row in rows)
     lags = [(row["lag"], row["tokens"] * (1 - row["masked_fraction"])) for row in rows]
     by_version = {evaluation.version: evaluation for evaluation in evaluations}
@@ -116,6 +117,7 @@ def summarise(
         "eval_before": evaluation(before),
         "eval_after": evaluation(after),
         "samples": sum(row["samples"] for row in rows),
+        **({"weights_changed": sum(changed) / len(changed)} if changed else {}),
         "tokens": tokens,
         "tokens_per_cpu_s": rows[-1]["tokens_per_cpu_s"] if rows else 0.0,
         "busy": dict(busy),

@@ -11,6 +11,8 @@ WeightsError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from async_rl.errors import AsyncRLError
 
 
@@ -32,6 +34,11 @@ class WeightsMismatch(WeightsError):
 
 class GroupIncomplete(WeightsError):
     """Not every member came to the new group within the deadline."""
+
+    def __init__(self, message: str, missing: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+        """Names of those who did not come; empty where that cannot be told."""
 
 
 class GroupSuperseded(WeightsError):

@@ -39,10 +39,14 @@ class Group:
         self._interrupted = False
 
     def broadcast(self, tensor: Tensor, what: str) -> None:
-        """From rank 0 to all, in place.
+        """`begin` and wait."""
+        self.begin(tensor, what).wait()
+
+    def begin(self, tensor: Tensor, what: str) -> Broadcast:
+        """From rank 0 to all, in place. Broadcasts happen in the order in which they began, each to be waited for.
 
         Raises:
-            BroadcastFailed: a member is gone, or nothing happened within the deadline.
+            BroadcastFailed: a member is gone.
             GroupSuperseded: `interrupt` was called.
         """
         options = BroadcastOptions()
@@ -61,9 +65,14 @@ class Group:
         if self._interrupted:
             raise GroupSuperseded(f"{what}: weight group {self.epoch} is being replaced")
         try:
-            self._raw.broadcast([tensor], options).get_future().add_done_callback(done)
+            work = self._raw.broadcast([tensor], options)
+            work.get_future().add_done_callback(done)
         except RuntimeError as error:
             raise BroadcastFailed(f"{what}: {error}") from error
+        return Broadcast(self, work, tensor, what, outcome)
+
+    def wait(self, outcome: list[str], what: str) -> None:
+        """For `Broadcast.wait`."""
         with self._condition:
             self._condition.wait_for(lambda: outcome or self._interrupted, self._timeout_s)
             if self._interrupted:
@@ -85,6 +94,27 @@ class Group:
         held = [self._raw]
         self._raw = None
         threading.Thread(target=held.clear, name="weights-drop-group", daemon=True).start()
+
+
+class Broadcast:
+    """One that has begun."""
+
+    def __init__(self, group: Group, work: Any, tensor: Tensor, what: str, outcome: list[str]) -> None:
+        self._group, self._work, self._what, self._outcome = group, work, what, outcome
+        self.tensor = tensor
+        """It is in use until `wait` returns."""
+
+    def wait(self) -> None:
+        """Until the tensor has arrived (left, on rank 0).
+
+        Raises:
+            BroadcastFailed: a member is gone, or nothing happened within the deadline.
+            GroupSuperseded: `Group.interrupt` was called.
+        """
+        self._group.wait(self._outcome, self._what)
+        if self.tensor.is_cuda:  # NCCL's future is done when the operation is enqueued, on a stream of its own
+            self._work.wait()
+            torch.cuda.current_stream(self.tensor.device).synchronize()
 
 
 class Forming:
@@ -128,7 +158,8 @@ class Forming:
         except RuntimeError as error:
             missing = [who for who, key in zip(self._names, self._keys, strict=True) if not self._store.check([key])]
             raise GroupIncomplete(
-                f"weight group {epoch}: {', '.join(missing) or 'nobody'} did not come within {self._timeout_s:.0f} s"
+                f"weight group {epoch}: {', '.join(missing) or 'nobody'} did not come within {self._timeout_s:.0f} s",
+                missing,
             ) from error
         if any(answer.decode() != HERE for answer in self._store.multi_get(self._keys)):
             raise GroupSuperseded(f"weight group {epoch} was given up before it was formed")

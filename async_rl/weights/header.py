@@ -1,23 +1,25 @@
-"""Pure: the 64 bytes in front of a set of weights, in a file as in a broadcast. The version travels in here."""
+"""Pure: what is said about a set of weights: which they are, how many bytes, their checksum, and of which model.
+
+In front of a broadcast it is 64 bytes; in a file it is in the metadata (weight_file.py). The version travels in here.
+"""
 
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from async_rl.models.parameters import Layout
+from async_rl.weights.checksum import checksum
 from async_rl.weights.errors import WeightsCorrupt, WeightsMismatch
 from async_rl.wire.messages import WeightsId
 
 MAGIC = b"async_rl"
-FORMAT = 1
+FORMAT = 2
 STRUCT = struct.Struct("<8sQqqQQQQ")
-"""magic, format, lineage, version, nbytes, CRC-32 of the payload, layout fingerprint, 0. All but magic are 64 bit."""
+"""magic, format, lineage, version, nbytes, checksum, layout fingerprint, 0. All but magic are 64 bit."""
 SIZE = STRUCT.size
-"""64: the payload behind it keeps the alignment of Layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Header:
     nbytes: int
     """Of the payload."""
     checksum: int
+    """checksum.checksum of the payload; 0 in front of a broadcast, which is checked by what follows it."""
     fingerprint: int
     """Of the layout both ends computed on their own."""
 
@@ -58,16 +61,14 @@ class Header:
 
     def check_payload(self, payload: Tensor) -> None:
         """Raises WeightsCorrupt where a byte differs."""
-        found = checksum(payload)
+        self.check(checksum(payload))
+
+    def check(self, found: int) -> None:
+        """Raises WeightsCorrupt unless the checksum of what came is this one."""
         if found != self.checksum:
             raise WeightsCorrupt(
-                f"weights {name(self.weights)}: checksum {found:08x}, the header says {self.checksum:08x}"
+                f"weights {name(self.weights)}: checksum {found:016x}, the header says {self.checksum:016x}"
             )
-
-
-def checksum(payload: Tensor) -> int:
-    """CRC-32 of a CPU buffer. Runs without the GIL."""
-    return zlib.crc32(payload.detach().numpy().data)
 
 
 def name(weights: WeightsId) -> str:

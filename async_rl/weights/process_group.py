@@ -1,14 +1,16 @@
 """Weights through a process group of their own, beside the learner's default group, of which it knows nothing.
 
 Rank 0 is the learner, `members[i]` has rank i + 1. A group has an epoch: whenever members come, go or die, everybody
-forms a new one under the next epoch, and the old one is dropped. A broadcast is the header, which says what comes, then
-the payload in buckets; it is received into staging, verified, and only then handed over.
+forms a new one under the next epoch, and the old one is dropped. A broadcast is the header, which says what comes, the
+payload in buckets, of which several are under way, and the checksums of the buckets, which both ends compute meanwhile.
+It is received into staging, and handed over when it is whole and verified.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -17,12 +19,22 @@ from torch._C._distributed_c10d import TCPStore
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
-from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded, WeightsError, WeightsGone
-from async_rl.weights.group import Forming, Group, host_store
+from async_rl.weights import checksum
+from async_rl.weights.checksum import BUCKET_BYTES
+from async_rl.weights.errors import (
+    BroadcastFailed,
+    GroupIncomplete,
+    GroupSuperseded,
+    WeightsCorrupt,
+    WeightsError,
+    WeightsGone,
+)
+from async_rl.weights.group import Broadcast, Forming, Group, host_store
 from async_rl.weights.header import SIZE, Header, name
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
 
-BUCKET_BYTES = 16 << 20
+IN_FLIGHT = 3
+"""Buckets: while one is checked, the next two are on their way."""
 LEARNER = "learner"
 CPU = torch.device("cpu")
 
@@ -85,7 +97,7 @@ class _Member:
 
 
 class ProcessGroupSender(_Member):
-    """The learner's end; a publisher.Sender. Hosts the rendezvous store, on `host` and nowhere else."""
+    """The learner's end. Hosts the rendezvous store, on `host` and nowhere else."""
 
     def __init__(
         self, layout: Layout, *, host: str = "127.0.0.1", timeout_s: float = 30.0, device: torch.device = CPU
@@ -102,7 +114,7 @@ class ProcessGroupSender(_Member):
         return self._present() is not None
 
     def form(self, group: WeightGroup) -> bool:
-        """Come to a new group. True: the newest weights have to travel (again), its members may lack them.
+        """Come to a new group. Returns whether there is one.
 
         Raises:
             GroupIncomplete, GroupSuperseded: there is no group now.
@@ -122,13 +134,13 @@ class ProcessGroupSender(_Member):
         group = self._present()
         if group is None:
             raise BroadcastFailed(f"weights {name(weights)}: there is no weight group")
-        header = Header.of(weights, payload, self._layout)
-        announce(WeightsAnnounce(weights, "process_group", str(group.epoch), header.nbytes, header.checksum))
+        header = Header(weights, self._layout.nbytes, 0, self._layout.fingerprint)
+        announce(WeightsAnnounce(weights, "process_group", str(group.epoch), header.nbytes))
         try:
-            first = torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8)
-            group.broadcast(first.to(group.device), f"weights {name(weights)}, header")
-            for what, bucket in _buckets(weights, payload):
-                group.broadcast(bucket.to(group.device), what)
+            group.broadcast(_tensor(header.encode(), group.device), f"weights {name(weights)}, header")
+            buckets = (bucket.to(group.device) for bucket in payload.split(BUCKET_BYTES))
+            checksums = _transfer(group, weights, buckets, -(-payload.numel() // BUCKET_BYTES))
+            group.broadcast(_tensor(checksum.encode(checksums), group.device), f"weights {name(weights)}, checksums")
         except WeightsError:
             self._drop()
             raise
@@ -182,9 +194,11 @@ class ProcessGroupReceiver(_Member):
             group.broadcast(first, f"weights {name(announce.weights)}, header")
             header = Header.decode(first.cpu().numpy().tobytes())
             header.check_layout(self._layout)
-            for what, bucket in _buckets(header.weights, staging):
-                group.broadcast(bucket, what)
-            header.check_payload(staging.cpu())
+            buckets = staging.split(BUCKET_BYTES)
+            found = _transfer(group, header.weights, buckets, len(buckets))
+            last = torch.zeros(8 * len(buckets), dtype=torch.uint8, device=group.device)
+            group.broadcast(last, f"weights {name(header.weights)}, checksums")
+            _compare(header.weights, found, checksum.decode(last.cpu().numpy().tobytes()))
         except WeightsError:
             self._drop()
             self._staging[0] = self._empty()  # an operation that hangs may write to the old one later
@@ -196,8 +210,31 @@ class ProcessGroupReceiver(_Member):
         return torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=self._device)
 
 
-def _buckets(weights: WeightsId, payload: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Parts of the payload, each with the words that say which it is."""
-    parts = payload.split(BUCKET_BYTES)
-    for index, part in enumerate(parts):
-        yield f"weights {name(weights)}, bucket {index + 1} of {len(parts)}", part
+def _transfer(group: Group, weights: WeightsId, buckets: Iterable[Tensor], count: int) -> list[int]:
+    """Broadcast all buckets, IN_FLIGHT at a time; their checksums."""
+    checksums: list[int] = []
+    under_way: deque[Broadcast] = deque()
+    for index, bucket in enumerate(buckets):
+        under_way.append(group.begin(bucket, f"weights {name(weights)}, bucket {index + 1} of {count}"))
+        if len(under_way) == IN_FLIGHT:
+            checksums.append(_arrived(under_way.popleft()))
+    checksums += [_arrived(broadcast) for broadcast in under_way]
+    return checksums
+
+
+def _arrived(broadcast: Broadcast) -> int:
+    broadcast.wait()
+    return checksum.bucket_checksum(broadcast.tensor.cpu())
+
+
+def _compare(weights: WeightsId, found: list[int], sent: list[int]) -> None:
+    """Raises WeightsCorrupt naming the first bucket that differs."""
+    for index, (ours, theirs) in enumerate(zip(found, sent, strict=True)):
+        if ours != theirs:
+            raise WeightsCorrupt(
+                f"weights {name(weights)}, bucket {index + 1} of {len(sent)}: checksum {ours:016x}, not {theirs:016x}"
+            )
+
+
+def _tensor(data: bytes, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)

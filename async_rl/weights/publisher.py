@@ -9,11 +9,10 @@
 `announce(WeightsAnnounce)` and `failed(WeightsFailed)` are called in the publisher's thread: an asyncio service passes
 `lambda message: loop.call_soon_threadsafe(outbox.put_nowait, message)`.
 
-shared_memory   the announcement comes when the file is complete. WeightGroup messages mean nothing.
-process_group   the announcement comes before the broadcast, which its receivers have to join. Without a group the
-                newest snapshot waits for one; a new group gets the newest snapshot even if the old one had it. After
-                `failed`, which names the members that are missing where it can, there is no group until the next
-                WeightGroup: the controller answers with one, of the members that are alive.
+Which transports a snapshot takes is distribution.py's; each is announced on its own. A file is announced when it is
+complete, a broadcast before it begins, for its members have to join it. After `failed`, which names the members that
+are missing where it can, there is no group until the next WeightGroup: the controller answers with one, of the members
+that are alive.
 """
 
 from __future__ import annotations
@@ -28,9 +27,8 @@ from torch import Tensor
 
 from async_rl.config import Run
 from async_rl.models.parameters import Layout
-from async_rl.weights.errors import GroupSuperseded, WeightsError
-from async_rl.weights.process_group import ProcessGroupSender
-from async_rl.weights.shared_memory import SharedMemorySender
+from async_rl.weights.distribution import make_distribution
+from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsError
 from async_rl.weights.staging import Staging
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsFailed, WeightsId
 
@@ -41,7 +39,7 @@ LAST_EPOCH = 1 << 62
 
 
 class Sender(Protocol):
-    """One transport. `send` and `form` run in the publisher's thread and may block; `interrupt` comes from others."""
+    """Where snapshots go. `send` and `form` run in the publisher's thread and may block; others call `interrupt`."""
 
     @property
     def store(self) -> str: ...
@@ -172,7 +170,8 @@ class Publisher:
     def _report(self, weights: WeightsId, error: WeightsError) -> None:
         with self._condition:
             self._failures += 1
-        self._failed(WeightsFailed(weights, str(error)))
+        missing = error.missing if isinstance(error, GroupIncomplete) else []
+        self._failed(WeightsFailed(weights, str(error), missing))
 
 
 def make_publisher(
@@ -185,9 +184,4 @@ def make_publisher(
     pinned: bool = False,
 ) -> Publisher:
     """The transport of the recipe. `pinned`: staging in page-locked memory, for a learner on a GPU."""
-    sender: Sender
-    if run.weights.transport == "shared_memory":
-        sender = SharedMemorySender(run_directory, layout)
-    else:
-        sender = ProcessGroupSender(layout, host=run.controller.host, timeout_s=run.weights.timeout_s)
-    return Publisher(sender, layout, announce, failed, pinned=pinned)
+    return Publisher(make_distribution(run, run_directory, layout), layout, announce, failed, pinned=pinned)

@@ -5,8 +5,9 @@
     snapshot = await receiver.fetch(announce)    # a WeightsAnnounce message; verified, ready for engine.load_weights
     receiver.close()
 
-Fetching and forming groups happen one after the other, in the order of the calls: call them in the order the messages
-came, each in a task of its own, so that the stream goes on being read. A WeightGroup interrupts what waits for members
+Broadcasts and groups are joined one after the other, in the order of the calls: call them in the order the messages
+came, each in a task of its own, so that the stream goes on being read. What comes over HTTP has a thread of its own, so
+that a slow download holds up no group. A WeightGroup interrupts what waits for members
 of an older group. Both raise WeightsError where it did not work: the old weights stay live, the reason goes into
 WeightsFailed. WeightsGone and GroupSuperseded are no failures: a newer announcement or group is on its way.
 """
@@ -22,35 +23,48 @@ from typing import Any, Generic, TypeVar
 from async_rl.config import Run
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
-from async_rl.weights import shared_memory
-from async_rl.weights.errors import WeightsError
+from async_rl.weights.errors import WeightsError, WeightsGone
+from async_rl.weights.header import name
 from async_rl.weights.process_group import ProcessGroupReceiver
 from async_rl.weights.publisher import LAST_EPOCH
+from async_rl.weights.relay_client import RelayClient
+from async_rl.weights.shared_memory import SharedMemoryReceiver
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce
 
 T = TypeVar("T")
 
 
 class Receiver:
-    """Takes announcements of either transport. Made inside a running event loop or not; used in one."""
+    """Takes announcements of every transport. Made inside a running event loop or not; used in one."""
 
-    def __init__(self, layout: Layout, group: ProcessGroupReceiver | None = None) -> None:
-        self._layout, self._group = layout, group
-        self._worker = _Worker("weights-receiver")
+    def __init__(self, layout: Layout, group: ProcessGroupReceiver | None = None, *, timeout_s: float = 30.0) -> None:
+        self._files, self._group = SharedMemoryReceiver(layout), group
+        self._relay = RelayClient(layout, timeout_s=timeout_s)
+        self._worker: _Worker[Any] = _Worker("weights-receiver")
+        self._downloads: _Worker[Snapshot] = _Worker("weights-download")
+        self._newest: WeightsAnnounce | None = None
+        """Of those that come over HTTP."""
 
     async def fetch(self, announce: WeightsAnnounce) -> Snapshot:
-        """The announced weights, verified, under the id their header carries.
+        """The announced weights, verified, under the id their header carries; over HTTP perhaps newer ones.
 
         shared_memory: the tensors are private to us and stay valid as long as they are referenced.
-        process_group: they stay valid until the second fetch after this one.
+        process_group, http: they stay valid until the second fetch of the same kind after this one.
 
         Raises:
             WeightsError: see errors.py; WeightsGone where newer ones are on their way.
         """
-        return await self._worker.run(lambda: self._fetch(announce))
+        match announce.transport:
+            case "shared_memory":
+                return await self._worker.run(lambda: self._files.fetch(announce))
+            case "process_group":
+                return await self._worker.run(lambda: self._join(announce))
+            case "http":
+                self._newest = announce
+                return await self._downloads.run(lambda: self._download(announce))
 
     async def regroup(self, group: WeightGroup) -> None:
-        """Form this group, or leave the old one where it does not name us. Nothing to do for shared memory.
+        """Form this group, or leave the old one where it does not name us. Nothing to do without one.
 
         Raises:
             WeightsError: we are in no group now.
@@ -65,23 +79,34 @@ class Receiver:
     def close(self) -> None:
         """Leave the group; a fetch in progress is left to itself and ends at its deadline."""
         self._worker.close()
+        self._downloads.close()
+        self._relay.interrupt()
         if self._group is not None:
             self._group.interrupt(LAST_EPOCH)
             self._group.close()
 
-    def _fetch(self, announce: WeightsAnnounce) -> Snapshot:
-        if announce.transport == "shared_memory":
-            return shared_memory.fetch(announce, self._layout)
+    def _join(self, announce: WeightsAnnounce) -> Snapshot:
         if self._group is None:
-            raise WeightsError("weights were announced for a process group, this receiver was made for shared memory")
+            raise WeightsError(
+                "weights were announced for a process group, this generator's recipe has another weights.transport"
+            )
         return self._group.receive(announce)
+
+    def _download(self, announce: WeightsAnnounce) -> Snapshot:
+        if announce is not self._newest:
+            raise WeightsGone(f"weights {name(announce.weights)} are out of date: newer ones were announced")
+        if self._relay.held is not None and self._relay.held >= announce.weights:
+            raise WeightsGone(f"weights {name(announce.weights)} were fetched before")
+        return self._relay.fetch(announce)
 
 
 def make_receiver(run: Run, member: str, layout: Layout) -> Receiver:
     """The transport of the recipe; `member` is the name in Hello."""
-    if run.weights.transport == "shared_memory":
-        return Receiver(layout)
-    return Receiver(layout, ProcessGroupReceiver(member, layout, timeout_s=run.weights.timeout_s))
+    timeout_s = run.weights.timeout_s
+    group = None
+    if run.weights.transport in ("process_group", "auto"):
+        group = ProcessGroupReceiver(member, layout, timeout_s=timeout_s)
+    return Receiver(layout, group, timeout_s=timeout_s)
 
 
 class _Worker(Generic[T]):

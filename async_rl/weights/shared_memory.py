@@ -1,142 +1,90 @@
-"""Weights between processes of one host: a new file in memory for each version, complete before its name exists.
-
-    /dev/shm/async-rl-<hash of the run directory>/weights-<lineage>-<version>     header (header.py), then the payload
-
-The sender keeps the newest two, so that a receiver that was just told about one still finds it. A mapped file stays
-valid for as long as it is mapped, also after its name is gone. Where there is no tmpfs, or it is full, the files are in
-`<run directory>/weights` instead.
-"""
+"""Weights between processes of one host: the learner's file in memory (files.py), mapped and held while it is used."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import mmap
 import os
-import shutil
-import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
-from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
-from async_rl.weights.header import SIZE, Header, name
-from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
+from async_rl.weights.errors import WeightsCorrupt, WeightsGone, WeightsMismatch
+from async_rl.weights.header import name
+from async_rl.weights.slots import Held, hold
+from async_rl.weights.weight_file import Manifest, decode_head, head_bytes
+from async_rl.wire.messages import WeightsAnnounce
 
-MEMORY = Path("/dev/shm")
-KEEP = 2
-PREFIX, PARTIAL = "weights-", ".partial-"
-
-
-def memory_directory(run_directory: Path, memory: Path = MEMORY) -> Path | None:
-    """This run's directory in memory, made if need be; None where there is no tmpfs we may write to."""
-    directory = memory / f"async-rl-{_digest(run_directory)}"
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        status = directory.lstat()
-    except OSError:
-        return None
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return directory if ours and os.access(directory, os.W_OK) else None
+REMEMBERED = 6
+"""Mappings kept for the next version in the same file. The learner uses three in turn, more while some are held."""
 
 
-def disk_directory(run_directory: Path) -> Path:
-    """Where the files are when memory will not have them."""
-    return run_directory / "weights"
+class SharedMemoryReceiver:
+    """The generator's end. Mappings are kept: the learner writes into the same files again, once nobody holds them."""
 
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._mapped: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
+        """(device, inode) -> the file"""
 
-def cleanup(run_directory: Path, memory: Path = MEMORY) -> None:
-    """Remove every weights file of this run. For the end of a run; receivers keep what they have mapped."""
-    shutil.rmtree(memory / f"async-rl-{_digest(run_directory)}", ignore_errors=True)
-    shutil.rmtree(disk_directory(run_directory), ignore_errors=True)
-
-
-class SharedMemorySender:
-    """The learner's end; a publisher.Sender."""
-
-    store = ""
-    ready = True
-
-    def __init__(self, run_directory: Path, layout: Layout, memory: Path = MEMORY) -> None:
-        cleanup(run_directory, memory)  # what a former learner of this run left
-        self._run_directory, self._memory, self._layout = run_directory, memory, layout
-        self._files: list[Path] = []
-
-    def send(self, weights: WeightsId, payload: Tensor, announce: Callable[[WeightsAnnounce], None]) -> None:
-        """Write the file, announce it, drop all but the newest two.
+    def fetch(self, announce: WeightsAnnounce) -> Snapshot:
+        """The announced weights, whose file is held for as long as a tensor of them is referenced. The tensors are
+        private: writing to them changes nobody else's.
 
         Raises:
-            WeightsError: neither memory nor disk has room.
+            WeightsGone: the file was replaced by a newer one.
+            WeightsMismatch: it holds other weights than announced, or those of another model.
+            WeightsCorrupt: a byte differs from what was written.
         """
-        header = Header.of(weights, payload, self._layout)
-        path = self._write(header, payload)
-        announce(WeightsAnnounce(weights, "shared_memory", str(path), header.nbytes, header.checksum))
-        self._files = [*(file for file in self._files if file != path), path]
-        for old in self._files[:-KEEP]:
-            old.unlink(missing_ok=True)
-        self._files = self._files[-KEEP:]
-
-    def form(self, group: WeightGroup) -> bool:
-        """Files need no group. False: nothing has to be sent again."""
-        return False
-
-    def interrupt(self, epoch: int) -> None:
-        """Writing to memory waits for nobody."""
-
-    def close(self) -> None:
-        cleanup(self._run_directory, self._memory)
-
-    def _write(self, header: Header, payload: Tensor) -> Path:
-        problems: list[str] = []
-        for directory in (memory_directory(self._run_directory, self._memory), disk_directory(self._run_directory)):
-            if directory is None:
-                continue
-            final = directory / f"{PREFIX}{header.weights.lineage}-{header.weights.version}"
-            partial = directory / f"{PARTIAL}{final.name}"
+        held = hold(Path(announce.location))
+        if held is None:
+            raise WeightsGone(f"weights {name(announce.weights)} are gone: newer ones have taken their place")
+        status = os.fstat(held.descriptor)
+        key = (status.st_dev, status.st_ino)
+        known = self._mapped.get(key)
+        if known is not None and known.size == status.st_size:
             try:
-                directory.mkdir(mode=0o700, exist_ok=True)
-                with partial.open("wb") as file:
-                    file.write(header.encode())
-                    file.write(payload.numpy().data)
-                partial.rename(final)
-                return final
-            except OSError as error:
-                problems.append(f"{directory}: {error.strerror}")
-                with contextlib.suppress(OSError):  # the same trouble again
-                    partial.unlink()
-        raise WeightsError(f"weights {name(header.weights)} could not be written: {'; '.join(problems)}")
+                return self._read(announce, known, held)
+            except WeightsCorrupt:  # perhaps only our copy of a page, which someone here has written to
+                del self._mapped[key]
+        data = _map(held.descriptor, status.st_size)
+        snapshot = self._read(announce, data, held)
+        self._mapped[key] = data
+        while len(self._mapped) > REMEMBERED:
+            del self._mapped[next(iter(self._mapped))]
+        return snapshot
+
+    def _read(self, announce: WeightsAnnounce, data: npt.NDArray[np.uint8], held: Held) -> Snapshot:
+        manifest = _checked(announce, data, self._layout)
+        payload = data[manifest.start :].view(_Payload)
+        payload.held = held
+        tensor = torch.from_numpy(payload)
+        manifest.header.check_payload(tensor)
+        return Snapshot(manifest.header.weights, self._layout.views(tensor))
 
 
-def fetch(announce: WeightsAnnounce, layout: Layout) -> Snapshot:
-    """The announced weights. The tensors are private views of the mapped file: writing to them changes nobody else's.
+class _Payload(np.ndarray[tuple[int], np.dtype[np.uint8]]):
+    """Keeps its file held for as long as a tensor looks at it."""
 
-    Raises:
-        WeightsGone: the file was replaced by a newer one.
-        WeightsMismatch: it holds other weights than announced, or those of another model.
-        WeightsCorrupt: a byte differs from what was written.
-    """
-    try:
-        with open(announce.location, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
-    except FileNotFoundError:
-        raise WeightsGone(f"weights {name(announce.weights)} are gone: newer ones have taken their place") from None
-    header = Header.decode(mapped[:SIZE])
+    held: Held
+
+
+def _map(descriptor: int, size: int) -> npt.NDArray[np.uint8]:
+    if size == 0:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def _checked(announce: WeightsAnnounce, data: npt.NDArray[np.uint8], layout: Layout) -> Manifest:
+    manifest = decode_head(data[: head_bytes(data[:8].tobytes())].tobytes())
+    header = manifest.header
     if header.weights != announce.weights:
         found = name(header.weights)
         raise WeightsMismatch(f"weights {name(announce.weights)} were announced, the file holds {found}")
     header.check_layout(layout)
-    if size != SIZE + header.nbytes:
-        raise WeightsCorrupt(f"weights {name(header.weights)}: {size} bytes, not {SIZE + header.nbytes}")
-    payload = torch.from_numpy(np.frombuffer(mapped, np.uint8, offset=SIZE))
-    header.check_payload(payload)
-    return Snapshot(header.weights, layout.views(payload))
-
-
-def _digest(run_directory: Path) -> str:
-    return hashlib.sha256(str(run_directory.resolve()).encode()).hexdigest()[:16]
+    if data.size != manifest.file_bytes:
+        raise WeightsCorrupt(f"weights {name(header.weights)}: {data.size} bytes, not {manifest.file_bytes}")
+    return manifest

@@ -15,6 +15,8 @@ PROTOCOL_VERSION = 0
 
 Purpose: TypeAlias = Literal["train", "eval"]
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "repeat", "budget", "aborted"]
+Transport: TypeAlias = Literal["shared_memory", "process_group", "http"]
+"""How weights reach a generator."""
 TerminalEvent: TypeAlias = Literal["trained", "filtered", "failed", "cancelled"]
 
 
@@ -113,6 +115,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """Learner only: host:port of the rendezvous store of the weight group, empty if the transport needs none."""
     attention_share: float = 0.0
     """Learner only: L tokens of one sequence cost L + attention_share * L^2; micro-batches are balanced by it."""
+    machine: str = ""
+    """Peers of equal names share memory."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -135,12 +139,16 @@ class WeightsAnnounce(msgspec.Struct, frozen=True, tag=True):
     """New weights can be fetched. From the learner to the controller, and on to every generator."""
 
     weights: WeightsId
-    transport: Literal["shared_memory", "process_group"]
+    transport: Transport
     location: str = ""
-    """shared_memory: the file. process_group: the epoch of the group that is about to broadcast."""
+    """shared_memory: the file. process_group: the epoch of the group that is about to broadcast. http: the relay."""
     nbytes: int = 0
     checksum: int = 0
-    """CRC-32 of the payload."""
+    """Of the payload (weights/checksum.py); 0 where it travels behind it."""
+    token: str = ""
+    """http: bearer token of the relay."""
+    changed: float | None = None
+    """http: share of the elements that differ from the version published before; null where there was none."""
 
 
 class WeightGroup(msgspec.Struct, frozen=True, tag=True):
@@ -225,6 +233,8 @@ class WeightsFailed(msgspec.Struct, frozen=True, tag=True):
 
     weights: WeightsId
     reason: str
+    missing: list[str] = []
+    """Learner only: generators that did not come to the weight group."""
 
 
 # --- rollout stream: controller -> generator -----------------------------------------------------------------

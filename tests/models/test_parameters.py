@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from async_rl.models.parameters import ALIGNMENT, Layout
+from async_rl.models.parameters import Layout
 
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
 
@@ -39,9 +39,23 @@ def test_pack_then_view(dtype: torch.dtype) -> None:
     views = layout.views(buffer)
     for name, parameter in one.named_parameters():
         assert torch.equal(views[name], parameter.to(dtype)), name
-    assert all(entry.offset % ALIGNMENT == 0 for entry in layout.entries)
     views["model.norm.weight"].fill_(7)
     assert (layout.views(buffer)["model.norm.weight"] == 7).all()  # no copy
+
+
+def test_tensors_lie_without_gaps_each_aligned_to_its_dtype() -> None:
+    shapes = [
+        ("a", (3,), torch.bfloat16),
+        ("b", (5,), torch.float32),
+        ("c", (1,), torch.uint8),
+        ("d", (), torch.float64),
+    ]
+    layout = Layout.pack_up(shapes)
+    assert [entry.name for entry in layout.entries] == ["d", "b", "a", "c"]
+    ends = [entry.offset + entry.nbytes for entry in layout.entries]
+    assert [entry.offset for entry in layout.entries] == [0, *ends[:-1]] and layout.nbytes == ends[-1] == 35
+    assert all(entry.offset % entry.dtype.itemsize == 0 for entry in layout.entries) and layout.width == 1
+    assert set(layout.views(torch.zeros(35, dtype=torch.uint8))) == {"a", "b", "c", "d"}
 
 
 def test_equal_weights_give_equal_buffers() -> None:

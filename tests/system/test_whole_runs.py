@@ -99,6 +99,16 @@ def test_weights_travel_by_process_group_to_two_generators_and_two_ranks_train(t
     assert summary(run)["versions"]["live_updates"] >= 2 and check(run)["trained"] == 15 * 64
 
 
+def test_weights_travel_over_http_and_say_what_changed(train: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["weights.transport=http", "generator.count=2", "generator.dtype=bfloat16"]
+    code, printed, errors = train("steps=15", *overrides).end(90)
+    assert code == 0, printed + errors
+    assert summary(run)["versions"]["live_updates"] >= 2 and check(run)["trained"] == 15 * 64
+    assert 0 < summary(run)["weights_changed"] <= 1
+    assert all(0 < row["weights_changed"] <= 1 for row in rows(run)[3:])
+
+
 def test_the_admin_endpoint_steers_a_run(train: Any, tmp_path: Path) -> None:
     started = train("steps=100000")
     started.line("step")

@@ -14,8 +14,8 @@ import torch
 from weights_cases import LARGE, SMALL, Generator, Outbox, expected_report, holds, packed, writer
 
 from async_rl.models.parameters import Entry, Layout
+from async_rl.weights import checksum
 from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsCorrupt, WeightsGone, WeightsMismatch
-from async_rl.weights.header import Header
 from async_rl.weights.process_group import ProcessGroupReceiver, ProcessGroupSender
 from async_rl.weights.publisher import Publisher
 from async_rl.weights.receiver import Receiver
@@ -196,17 +196,12 @@ def test_wrong_checksum_and_another_model(monkeypatch: pytest.MonkeyPatch) -> No
         end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))
         stranger = Receiver(other, ProcessGroupReceiver("generator-0", other, timeout_s=TIMEOUT_S))
         await end.regroup(learner.group(1, "generator-0"))
-        right = Header.of
-
-        def wrong(weights: WeightsId, payload: torch.Tensor, layout: Layout) -> Header:
-            header = right(weights, payload, layout)
-            return Header(weights, header.nbytes, header.checksum ^ 1, header.fingerprint)
-
-        monkeypatch.setattr(Header, "of", wrong)
+        right = checksum.encode
+        monkeypatch.setattr(checksum, "encode", lambda buckets: right(one ^ 1 for one in buckets))
         learner.publish(1)
-        with pytest.raises(WeightsCorrupt, match="checksum"):
+        with pytest.raises(WeightsCorrupt, match=r"weights 1\.1, bucket 1 of 1: checksum"):
             await end.fetch(learner.outbox.announcement())
-        monkeypatch.setattr(Header, "of", right)
+        monkeypatch.setattr(checksum, "encode", right)
         await stranger.regroup(learner.group(2, "generator-0"))
         with pytest.raises(WeightsMismatch, match="must be the same"):
             await stranger.fetch(learner.outbox.announcement())

@@ -11,17 +11,29 @@ import pytest
 import torch
 from weights_cases import SMALL, Outbox, holds, packed, writer
 
+from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
-from async_rl.weights import shared_memory
+from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
+from async_rl.weights.files import MEMORY, WeightFiles, cleanup, disk_directory, memory_directory
 from async_rl.weights.header import SIZE, Header
 from async_rl.weights.publisher import Publisher
 from async_rl.weights.receiver import Receiver
-from async_rl.weights.shared_memory import SharedMemorySender, cleanup, disk_directory, fetch, memory_directory
+from async_rl.weights.shared_memory import SharedMemoryReceiver
+from async_rl.weights.slots import PARTIAL
+from async_rl.weights.weight_file import head_bytes
 from async_rl.wire.messages import WeightsAnnounce, WeightsId
 
 
-def sent(sender: SharedMemorySender, version: int, seed: int | None = None) -> WeightsAnnounce:
+def sender_of(run: Path, layout: Layout, memory: Path = MEMORY) -> Distribution:
+    return Distribution(WeightFiles(run, layout, memory=memory), mapped=True)
+
+
+def fetch(announce: WeightsAnnounce, layout: Layout) -> Snapshot:
+    return SharedMemoryReceiver(layout).fetch(announce)
+
+
+def sent(sender: Distribution, version: int, seed: int | None = None) -> WeightsAnnounce:
     box: list[WeightsAnnounce] = []
     sender.send(WeightsId(1, version), packed(SMALL, version if seed is None else seed), box.append)
     return box[0]
@@ -29,7 +41,7 @@ def sent(sender: SharedMemorySender, version: int, seed: int | None = None) -> W
 
 def test_round_trip_by_publisher_and_receiver(tmp_path: Path) -> None:
     outbox = Outbox()
-    publisher = Publisher(SharedMemorySender(tmp_path, SMALL), SMALL, outbox.announced.put, outbox.failed.put)
+    publisher = Publisher(sender_of(tmp_path, SMALL), SMALL, outbox.announced.put, outbox.failed.put)
     publisher.publish(WeightsId(3, 8), writer(SMALL, 8))
     announce = outbox.announcement()
     assert (announce.weights, announce.transport, announce.nbytes) == (WeightsId(3, 8), "shared_memory", SMALL.nbytes)
@@ -45,18 +57,21 @@ def test_round_trip_by_publisher_and_receiver(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_two_stay(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path, SMALL)
+    sender = sender_of(tmp_path, SMALL)
     announced = [sent(sender, version) for version in range(4)]
-    with pytest.raises(WeightsGone, match=r"weights 1\.1 are gone"):
-        fetch(announced[1], SMALL)
+    with pytest.raises(WeightsGone, match=r"weights 1\.0 are gone"):
+        fetch(announced[0], SMALL)
     assert holds(fetch(announced[2], SMALL), SMALL, 2)
     assert holds(fetch(announced[3], SMALL), SMALL, 3)
-    assert len(list(Path(announced[3].location).parent.iterdir())) == 2
+    named = [path.name for path in Path(announced[3].location).parent.iterdir() if not path.name.startswith(PARTIAL)]
+    assert sorted(named) == [f"weights-1-{version}.safetensors" for version in (1, 2, 3)], (
+        "the first may be overwritten"
+    )
     sender.close()
 
 
 def test_the_same_version_again_is_kept(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path, SMALL)
+    sender = sender_of(tmp_path, SMALL)
     sent(sender, 1)
     for _ in range(3):
         again = sent(sender, 1, seed=5)
@@ -65,15 +80,16 @@ def test_the_same_version_again_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path, SMALL)
+    sender = sender_of(tmp_path, SMALL)
     announce = sent(sender, 1)
     path = Path(announce.location)
     data = bytearray(path.read_bytes())
-    data[SIZE + 5] ^= 1
+    start = head_bytes(bytes(data))
+    data[start + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(WeightsCorrupt, match=r"weights 1\.1: checksum"):
         fetch(announce, SMALL)
-    for cut in (SIZE + 1, SIZE - 1, 0):
+    for cut in (start + 1, start - 1, 0):
         path.write_bytes(data[:cut])
         with pytest.raises(WeightsCorrupt):
             fetch(announce, SMALL)
@@ -84,7 +100,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 def test_other_weights_and_another_model_are_refused(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path, SMALL)
+    sender = sender_of(tmp_path, SMALL)
     announce = sent(sender, 1)
     with pytest.raises(WeightsMismatch, match=r"weights 1\.2 were announced, the file holds 1\.1"):
         fetch(msgspec.structs.replace(announce, weights=WeightsId(1, 2)), SMALL)
@@ -101,7 +117,7 @@ def msgspec_replaced(layout: Layout) -> object:
 
 
 def test_a_view_is_private(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path, SMALL)
+    sender = sender_of(tmp_path, SMALL)
     announce = sent(sender, 1)
     fetch(announce, SMALL).tensors["a.weight"].zero_()
     assert holds(fetch(announce, SMALL), SMALL, 1)
@@ -109,7 +125,7 @@ def test_a_view_is_private(tmp_path: Path) -> None:
 
 
 def test_without_memory_the_files_are_on_disk(tmp_path: Path) -> None:
-    sender = SharedMemorySender(tmp_path / "run", SMALL, memory=tmp_path / "missing")
+    sender = sender_of(tmp_path / "run", SMALL, memory=tmp_path / "missing")
     (tmp_path / "run").mkdir()
     announce = sent(sender, 1)
     assert Path(announce.location).parent == disk_directory(tmp_path / "run")
@@ -122,25 +138,25 @@ def test_a_full_memory_falls_back_to_disk(tmp_path: Path) -> None:
     memory, run = tmp_path / "memory", tmp_path / "run"
     memory.mkdir()
     run.mkdir()
-    sender = SharedMemorySender(run, SMALL, memory=memory)
+    sender = sender_of(run, SMALL, memory=memory)
     directory = memory_directory(run, memory)
     assert directory is not None
-    directory.joinpath(f"{shared_memory.PARTIAL}{shared_memory.PREFIX}1-1").mkdir()  # stands for "no space left"
+    directory.joinpath(f"{PARTIAL}slot-1").mkdir()  # stands for "no space left"
     assert Path(sent(sender, 1).location).parent == disk_directory(run)
 
 
 def test_nowhere_to_write_is_a_weights_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    sender = SharedMemorySender(tmp_path / "run", SMALL, memory=tmp_path / "missing")
+    sender = sender_of(tmp_path / "run", SMALL, memory=tmp_path / "missing")
     with pytest.raises(WeightsError, match=r"weights 1\.1 could not be written"):
         sent(sender, 1)
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
-    sent(SharedMemorySender(tmp_path, SMALL), 1)
+    sent(sender_of(tmp_path, SMALL), 1)
     directory = memory_directory(tmp_path)
     assert directory is not None and list(directory.iterdir())
-    SharedMemorySender(tmp_path, SMALL)
+    sender_of(tmp_path, SMALL)
     assert not directory.exists()
     assert memory_directory(tmp_path) == memory_directory(tmp_path / "x" / "..") != memory_directory(tmp_path / "x")
     cleanup(tmp_path)

@@ -1,0 +1,116 @@
+"""The learner's end of shared files: a few that are written again and again, each by one writer or read by many.
+
+Pages that exist cost nothing but the copy; new ones cost several copies, in the writer and in every reader. So a file
+is written in place when nobody reads it. Readers hold a shared flock on it for as long as they use it, and the kernel
+gives it back when they die. A file has its final name only while it is complete: it is renamed before it is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+PARTIAL = ".partial-"
+"""Prefix of the name of a file that is being written."""
+SPARE = 1
+"""Files beyond those in use that stay for the next version."""
+
+
+class Slot:
+    """One file, mapped for writing."""
+
+    def __init__(self, directory: Path, nbytes: int, number: int) -> None:
+        """Raises OSError where there is no room: it is taken at once, not when a page is first touched."""
+        self.path = directory / f"{PARTIAL}slot-{number}"
+        self.nbytes = nbytes
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(self._descriptor, 0, nbytes)
+            self._mapped = mmap.mmap(self._descriptor, nbytes)
+        except OSError:
+            self.drop()
+            raise
+        self.data: npt.NDArray[np.uint8] = np.frombuffer(self._mapped, np.uint8)
+        """[nbytes], of the file itself"""
+
+    def begin(self) -> bool:
+        """For writing, if nobody reads it: then it has no final name until `finish`."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        partial = self.path.with_name(f"{PARTIAL}{self.path.name.removeprefix(PARTIAL)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(partial)
+        self.path = partial
+        return True
+
+    def finish(self, path: Path) -> None:
+        """It is complete and has this name; it may be read."""
+        self.path.rename(path)
+        self.path = path
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def drop(self) -> None:
+        """Its name goes; whoever reads it still can."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        os.close(self._descriptor)
+
+
+class Slots:
+    """Files of one size in one directory."""
+
+    def __init__(self, directory: Path, nbytes: int) -> None:
+        self._directory, self._nbytes = directory, nbytes
+        self._all: list[Slot] = []
+        self._made = 0
+
+    def begin(self, keep: list[Slot]) -> Slot:
+        """A file to write, none of those to keep. `finish` it, or `drop` it here. Raises OSError: no room."""
+        idle = [slot for slot in self._all if slot not in keep and slot.begin()]
+        for slot in idle[1 + SPARE :]:
+            self.drop(slot)
+        if idle:
+            return idle[0]
+        self._made += 1
+        slot = Slot(self._directory, self._nbytes, self._made)
+        self._all.append(slot)
+        slot.begin()
+        return slot
+
+    def drop(self, slot: Slot) -> None:
+        self._all.remove(slot)
+        slot.drop()
+
+    def close(self) -> None:
+        for slot in self._all:
+            slot.drop()
+        self._all = []
+
+
+class Held:
+    """A complete file which nobody writes before `close`, or before this is collected."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+
+def hold(path: Path) -> Held | None:
+    """None where the file is gone, or is being written for another version. One reader holds it once."""
+    try:
+        held = Held(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        fcntl.flock(held.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(held.descriptor)):
+            return held
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    return None
