@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := models/smollm2-135m-instruct
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test test-chaos demo demo-tiny bench clean
+.PHONY: help setup check test test-chaos test-sglang demo demo-tiny demo-sglang bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -38,6 +40,16 @@ test: $(STAMP) $(SMOLLM2)  ## the whole test suite
 test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments
 	$(BIN)/python -m pytest -v -n 0 --durations 0 tests/chaos
 
+# An environment of its own: SGLang pins what it needs, and we talk to it over HTTP. 1.7 GB, a minute or two.
+$(SGLANG_STAMP): tests/sglang/requirements.txt constraints.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(SGLANG)/bin/python -m pip install -q --no-deps -r tests/sglang/requirements.txt
+	touch $@
+
+test-sglang: $(STAMP) $(SGLANG_STAMP)  ## a real SGLang server on the CPU: engine, weights, faults, a training run
+	$(BIN)/python -m pytest -v -n 0 --durations 5 tests/sglang
+
 demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three to four minutes
 	$(BIN)/async-rl train recipes/products_smollm2.toml --run-dir runs/demo
 
@@ -53,4 +65,4 @@ bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, ben
 	$(BIN)/python bench/$(subst -,_,$*).py
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .venv-peers models runs build *.egg-info
+	rm -rf $(VENV) $(SGLANG) .venv-peers models runs build *.egg-info

@@ -12,6 +12,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +119,38 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Global gradient norm is scaled down to this; 0 switches it off."""
 
 
+class SGLang(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a generator gets at its SGLang server (docs/sglang.md). It starts one, or attaches to those that run."""
+
+    python: str = ""
+    """The Python that SGLang is installed in, absolute or relative to the recipe; default: this one."""
+    arguments: list[str] = []
+    """More arguments of sglang.launch_server, such as ["--tp-size", "2"]."""
+    environment: dict[str, str] = {}
+    """More environment variables of the server."""
+    attach: list[str] = []
+    """URLs of servers that run already, dealt out to the generators in turn; empty: each generator starts one."""
+    router: str = ""
+    """URL of a sglang-router in front of the servers in `attach`: requests go there, control goes to each of them."""
+    host: str = "127.0.0.1"
+    """Address of the generator's machine that its servers reach; weights come from there."""
+    load_by: Literal["group", "disk"] = "group"
+    """group: weights go through a process group with each server. disk: through files that it reads."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """Of that group. nccl needs a GPU for the generator that no server uses."""
+    stream_tokens: int = 16
+    """The server reports progress every so many tokens: what staleness steers by is that exact."""
+    pause_s: float = 30.0
+    """A pause of a server ends after so long, whatever was to happen in it."""
+    start_s: float = 600.0
+    """A server is up after so long, or it is an error."""
+    stuck_s: float = 10.0
+    """A server that samples nothing for so long, with requests, was paused by somebody else, and is resumed."""
+
+
 class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """embedded: in the generator's process. sglang: a SGLang server."""
     count: int = 1
     """Generator processes."""
     slots: int = 64
@@ -132,6 +163,7 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """auto = cuda where there is one, else cpu."""
     queued_rollouts: int | None = None
     """Rollouts accepted beyond the slots, so that a free slot never waits for the wire; default = slots."""
+    sglang: SGLang = SGLang()
 
 
 class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,6 +189,10 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Of the learner's HTTP relay; 0 = any free port."""
     full_every: int = 20
     """http: of so many sets at least one comes whole, the others only in what changed; 1 = all come whole."""
+    in_flight: Literal["auto", "keep", "recompute", "drain"] = "auto"
+    """What happens to unfinished sequences when weights change. keep: they go on over their old KV cache (default and
+    only choice of the embedded engine). recompute: their cache is computed again under the new weights (default of
+    sglang). drain: nothing new begins until they have reached the end of their segment."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -360,11 +396,14 @@ def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Make the paths of a recipe absolute: it means the same files wherever it is used from."""
     paths = [(section, "path") for section in MODEL_SECTIONS]
-    for section, key in (*paths, ("environment", "module")):
-        inner = table.get(section)
+    for *sections, key in (*paths, ("environment", "module"), ("generator", "sglang", "python")):
+        inner: Any = table
+        for section in sections:
+            inner = typing.cast(dict[str, Any], inner).get(section) if isinstance(inner, dict) else None
         path = typing.cast(dict[str, Any], inner).get(key) if isinstance(inner, dict) else None
-        if isinstance(path, str) and path and (key == "path" or path.endswith(".py")):
-            typing.cast(dict[str, Any], inner)[key] = str((folder / path).resolve())
+        if isinstance(path, str) and path and (key != "module" or path.endswith(".py")):
+            found = folder / path  # not resolved where it is a program: a virtual environment's Python is a link
+            typing.cast(dict[str, Any], inner)[key] = str(found.absolute() if key == "python" else found.resolve())
 
 
 def from_table(table: dict[str, Any]) -> Run:
@@ -545,6 +584,7 @@ def _check(run: Run) -> None:
     )
     for field, value in [("critic.gamma", run.critic.gamma), ("critic.lam", run.critic.lam)]:
         demand(0 <= value <= 1, field, value, "write a number from 0 to 1")
+    _check_sglang(run, demand)
     one_model = (run.model.path != "") != (run.model.tiny is not None)
     demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
     demand(
@@ -553,3 +593,26 @@ def _check(run: Run) -> None:
         run.controller.host,
         "only loopback for now: another address needs CURVE keys, which are not there yet",
     )
+
+
+def _check_sglang(run: Run, demand: Callable[[bool, str, object, str], None]) -> None:
+    server, engine, count = run.generator.sglang, run.generator.engine, run.generator.count
+    if engine == "embedded":
+        in_flight = run.weights.in_flight
+        demand(in_flight in ("auto", "keep"), "weights.in_flight", in_flight, "write keep, or engine = sglang")
+        demand(server == SGLang(), "generator.sglang", "...", "write generator.engine = 'sglang', or leave it out")
+        return
+    urls = [("generator.sglang.attach", url) for url in server.attach]
+    urls += [("generator.sglang.router", server.router)] if server.router else []
+    for field, url in urls:
+        demand(url.startswith(("http://", "https://")), field, url, "write a URL, such as http://10.0.0.5:30000")
+    if server.attach:
+        enough = len(set(server.attach)) == len(server.attach) >= count
+        demand(enough, "generator.sglang.attach", server.attach, f"write different URLs, at least {count}")
+    if server.router:
+        one = bool(server.attach) and count == 1
+        demand(one, "generator.sglang.router", server.router, "write generator.count = 1, and its servers in attach")
+    demand(server.stream_tokens > 0, "generator.sglang.stream_tokens", server.stream_tokens, "write a number above 0")
+    for field in ("pause_s", "start_s", "stuck_s"):
+        value = getattr(server, field)
+        demand(value > 0, f"generator.sglang.{field}", value, "write seconds, above 0")

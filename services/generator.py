@@ -1,20 +1,20 @@
-"""A generator process: the embedded engine, the environment, and the worker that joins them to the controller."""
+"""A generator process: an engine, the environment, and the worker that joins them to the controller."""
 
 from __future__ import annotations
 
 import asyncio
 
-import torch
 from async_rl.launch.child import Parent, ServeOptions
 
 from async_rl import config
-from async_rl.engines.embedded import EmbeddedEngine
+from async_rl.engines.make import make_engine
 from async_rl.environments.api import find
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.models.precision import settle
 from async_rl.rollout.host_runner import on_thread
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.rollout.worker import RolloutWorker
+from async_rl.telemetry.run_directory import RunDirectory
 from async_rl.weights.receiver import make_receiver
 from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.codec import rollout_stream
@@ -33,16 +33,8 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
 async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
     run = settle(run)
     model_config = load_config(run.model)
-    device = run.generator.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = EmbeddedEngine(
-        model_config,
-        slots=run.generator.slots,
-        max_length=run.generator.max_length,
-        dtype=getattr(torch, run.generator.dtype),
-        device=device,
-    )
+    logs = RunDirectory(options.run_dir).logs
+    engine = make_engine(run, model_config, logs, name=options.name, index=_index(options.name))
     receiver = make_receiver(run, options.name, wire_layout(run, model_config))
     transport = ZmqClient(rollout_stream().mirror, options.connect)
     worker = RolloutWorker(
@@ -62,3 +54,9 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
     finally:
         receiver.close()
         await transport.close()
+
+
+def _index(name: str) -> int:
+    """Of `generator-3`: 3; 0 where the name has no number."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0

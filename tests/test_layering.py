@@ -20,6 +20,8 @@ TORCH_FREE = [
     "async_rl.controller.admin",
     "async_rl.controller.controller",
     "async_rl.engines.fake",
+    "async_rl.engines.sglang.client",
+    "async_rl.engines.sglang.contract",
     "async_rl.doctor.examine",
     "async_rl.environments.reasoning_gym",
     "async_rl.environments.sorting",
@@ -97,5 +99,7 @@ def test_every_package_is_shipped() -> None:
     import tomllib
 
     shipped = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    here = {f"async_rl.{path.parent.relative_to(PACKAGE)}".replace("/", ".") for path in PACKAGE.glob("*/__init__.py")}
+    here = {
+        f"async_rl.{path.parent.relative_to(PACKAGE)}".replace("/", ".") for path in PACKAGE.glob("*/**/__init__.py")
+    }
     assert shipped == here | {"async_rl", "async_rl.services", "async_rl.launch"}

@@ -73,6 +73,8 @@ class EmbeddedEngine:
         self._delivered = 0
         """Chunks since the start."""
         self._paused = self._released = False
+        self._lease: object | None = None
+        """Of the pause that is on."""
         self._thread: threading.Thread | None = None
         self._stopwatch: Stopwatch | None = None
 
@@ -111,10 +113,16 @@ class EmbeddedEngine:
         ids = list(request_ids)
         self._post(lambda: self._batcher.cancel(ids))
 
-    def pause(self) -> None:
+    def pause(self, lease_s: float | None = None) -> None:
+        lease = self._lease = object()
         self._post(lambda: self._set_paused(True))
+        if lease_s is not None:
+            timer = threading.Timer(lease_s, self._expire, (lease,))
+            timer.daemon = True
+            timer.start()
 
     def resume(self) -> None:
+        self._lease = None
         self._post(lambda: self._set_paused(False))
 
     async def load_weights(self, snapshot: Snapshot) -> Swap:
@@ -153,6 +161,12 @@ class EmbeddedEngine:
     async def wait_stopped(self) -> None:
         """Returns after `stop`; raises what broke the engine's thread as soon as it breaks."""
         await asyncio.shield(asyncio.wrap_future(self._ended))
+
+    def _expire(self, lease: object) -> None:
+        """On a timer's thread."""
+        with contextlib.suppress(RuntimeError):  # the engine has ended meanwhile
+            if self._lease is lease:
+                self.resume()
 
     def _post(self, command: Command) -> None:
         with self._gate:

@@ -82,6 +82,8 @@ class FakeEngine:
         """By stop tokens: the others."""
         self._posted: list[Callable[[], list[Chunk]]] = []
         self._paused = self._released = False
+        self._lease: object | None = None
+        """Of the pause that is on."""
         self._tick = 0
         self._since = 0.0
         """When the last tick ended, or the engine woke without having sampled."""
@@ -139,10 +141,14 @@ class FakeEngine:
         ids = list(request_ids)
         self._post(lambda: self._cancel(ids))
 
-    def pause(self) -> None:
+    def pause(self, lease_s: float | None = None) -> None:
+        lease = self._lease = object()
         self._post(lambda: self._set_paused(True))
+        if lease_s is not None:
+            asyncio.get_running_loop().call_later(lease_s, self._expire, lease)
 
     def resume(self) -> None:
+        self._lease = None
         self._post(lambda: self._set_paused(False))
 
     async def load_weights(self, snapshot: Snapshot) -> Swap:
@@ -168,6 +174,10 @@ class FakeEngine:
     async def wait_stopped(self) -> None:
         """Returns after `stop`."""
         await self._stopped.wait()
+
+    def _expire(self, lease: object) -> None:
+        if self._lease is lease and not self._stopped.is_set():
+            self.resume()
 
     # --- between two steps ----------------------------------------------------------------------------------
 

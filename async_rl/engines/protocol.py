@@ -86,6 +86,8 @@ class Capabilities:
     """The counter hash decides every token: repeating a request repeats its tokens."""
     leaves_device: bool = False
     """`release` works."""
+    recomputes: bool = False
+    """After a swap, sequences in flight go on over keys and values of the new weights."""
     max_concurrent: int = 1
     max_length: int = 0
     """Prompt plus completion, tokens; 0 = no bound."""
@@ -126,8 +128,9 @@ class Engine(Protocol):
         """Each ends with a chunk of its partial tokens and finish reason `aborted`; unknown ids are ignored."""
         ...
 
-    def pause(self) -> None:
-        """Stop between two decode steps; requests keep their state."""
+    def pause(self, lease_s: float | None = None) -> None:
+        """Stop between two decode steps; requests keep their state. After so many seconds the engine resumes by itself;
+        None: not before `resume`, or at a bound of the engine's own."""
         ...
 
     def resume(self) -> None: ...

@@ -138,7 +138,7 @@ class Forming:
         left = max(self._timeout_s - (time.monotonic() - started), 1.0)
         try:
             prefix = PrefixStore(f"weights/{self.epoch}", self._store)
-            raw = _connect(prefix, self._store.host, self._rank, len(self._names), device, left)
+            raw = connect(prefix, self._store.host, self._rank, len(self._names), device, left)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise GroupIncomplete(f"weight group {self.epoch} of {', '.join(self._names)}: {reason}") from error
@@ -165,7 +165,7 @@ class Forming:
             raise GroupSuperseded(f"weight group {epoch} was given up before it was formed")
 
 
-def _connect(store: Any, host: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
+def connect(store: Any, host: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
     """A raw process group that torch.distributed's global state does not know. Blocks without the GIL."""
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()

@@ -1,4 +1,9 @@
-"""What every engine owes the generator. An engine joins by adding itself to `ENGINES`."""
+"""What every engine owes the generator: the same requests, the same assertions.
+
+An engine joins by adding itself to `ENGINES`; SGLang does so in tests/sglang, where there is a server. What an engine
+cannot do is in its capabilities: one that is not seeded is compared with itself in greedy decoding, one that recomputes
+has no older KV after a swap, and one without weights is not asked for log-probs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_cases import assert_covers, configs, make_model, request
+from engine_cases import assert_covers, configs, generate, make_model, recompute, request
 
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.fake import FakeEngine
@@ -27,6 +32,8 @@ class Driver:
     engine: Any
     snapshot: Callable[[int], Snapshot]
     """Weights of a version; those of different versions differ."""
+    models: dict[int, Any] = field(default_factory=dict)
+    """version -> the learner's model with these weights; empty for an engine without."""
     chunks: dict[int, list[Chunk]] = field(default_factory=dict)
     order: list[Chunk] = field(default_factory=list)
     watch: Callable[[Chunk], None] = lambda _: None
@@ -64,6 +71,15 @@ class Driver:
     def reason(self, request_id: int) -> str | None:
         return self.chunks[request_id][-1].finish_reason
 
+    @property
+    def again(self) -> float:
+        """A temperature at which a request that is repeated gives the same tokens."""
+        return 1.0 if self.engine.capabilities.seeded else 0.0
+
+    def kv(self, version: int, entered: int) -> int:
+        """The oldest weights in the cache of tokens that `version` sampled for a request of `entered`."""
+        return version if self.engine.capabilities.recomputes else entered
+
     async def complete(self, *requests: Request) -> list[list[int]]:
         self.engine.submit(requests)
         await self.finished(*(one.id for one in requests))
@@ -94,7 +110,7 @@ def embedded(body: Callable[[Driver], Awaitable[None]]) -> None:
     async def main() -> None:
         engine = EmbeddedEngine(models[0].config, slots=SLOTS, max_length=MAX_LENGTH)
         async with asyncio.timeout(60):
-            await drive(engine, snapshot, body)
+            await drive(engine, snapshot, body, models)
 
     asyncio.run(main())
 
@@ -115,8 +131,13 @@ def fake(body: Callable[[Driver], Awaitable[None]]) -> None:
     run_virtual(main())
 
 
-async def drive(engine: Engine, snapshot: Callable[[int], Snapshot], body: Callable[[Driver], Awaitable[None]]) -> None:
-    driver = Driver(engine, snapshot)
+async def drive(
+    engine: Engine,
+    snapshot: Callable[[int], Snapshot],
+    body: Callable[[Driver], Awaitable[None]],
+    models: dict[int, Any] | None = None,
+) -> None:
+    driver = Driver(engine, snapshot, models or {})
     driver.start()
     async with asyncio.TaskGroup() as group:
         watcher = group.create_task(engine.wait_stopped())
@@ -194,10 +215,9 @@ def test_what_cannot_be_served_is_refused_at_submit(on_engine: Any) -> None:
 
 def test_a_request_repeats_and_resumes(on_engine: Any) -> None:
     async def body(d: Driver) -> None:
-        if not d.engine.capabilities.seeded:
-            pytest.skip("not seeded")
         await d.engine.load_weights(d.snapshot(0))
-        crowd = [request(i, (5, i + 1), 40 + i, stop=frozenset({3})) for i in range(8)]
+        stop = frozenset({3})
+        crowd = [request(i, (5, i + 1), 40 + i, stop=stop, temperature=d.again) for i in range(8)]
         first = await d.complete(*crowd)
         for i, one in enumerate(crowd):
             d.chunks.clear()
@@ -206,7 +226,15 @@ def test_a_request_repeats_and_resumes(on_engine: Any) -> None:
             cut = len(again) // 2
             left = one.max_new_tokens - cut
             (rest,) = await d.complete(
-                request(50, (*one.prompt, *again[:cut]), left, key=one.key, position=cut, stop=one.stop)
+                request(
+                    50,
+                    (*one.prompt, *again[:cut]),
+                    left,
+                    key=one.key,
+                    position=cut,
+                    stop=one.stop,
+                    temperature=d.again,
+                )
             )
             assert again[:cut] + rest == first[i]
 
@@ -216,11 +244,11 @@ def test_a_request_repeats_and_resumes(on_engine: Any) -> None:
 def test_cancel_returns_partial_tokens(on_engine: Any) -> None:
     async def body(d: Driver) -> None:
         await d.engine.load_weights(d.snapshot(0))
-        (whole,) = await d.complete(request(0, (1, 2), 20))
+        (whole,) = await d.complete(request(0, (1, 2), 20, temperature=d.again))
         d.chunks.clear()
         for i in range(1, 6):
             d.engine.submit([request(i, (3,), 200)])  # more than slots
-        one = request(0, (1, 2), 200, segment_tokens=3, key=request(0, (1, 2)).key)
+        one = request(0, (1, 2), 200, segment_tokens=3, key=request(0, (1, 2)).key, temperature=d.again)
         d.engine.cancel([1, 2])  # running or not yet: either way they end
         await d.finished(1, 2)
         d.engine.cancel([3, 4, 5])
@@ -248,9 +276,9 @@ def test_cancel_returns_partial_tokens(on_engine: Any) -> None:
 def test_segments_join_to_the_whole(on_engine: Any) -> None:
     async def body(d: Driver) -> None:
         await d.engine.load_weights(d.snapshot(0))
-        (whole,) = await d.complete(request(0, (1, 2), 50))
+        (whole,) = await d.complete(request(0, (1, 2), 50, temperature=d.again))
         d.chunks.clear()
-        (pieces,) = await d.complete(request(0, (1, 2), 50, segment_tokens=8))
+        (pieces,) = await d.complete(request(0, (1, 2), 50, segment_tokens=8, temperature=d.again))
         assert pieces == whole
         *unfinished, last = d.chunks[0]
         assert [len(chunk.tokens) for chunk in unfinished] == [8] * len(unfinished)
@@ -264,9 +292,9 @@ def test_weights_change_in_mid_sequence(on_engine: Any) -> None:
         if not d.engine.capabilities.swaps_in_flight:
             pytest.skip("no swaps in flight")
         await d.engine.load_weights(d.snapshot(0))
-        (old,) = await d.complete(request(0, (1, 2), 40))
+        (old,) = await d.complete(request(0, (1, 2), 40, temperature=d.again))
         d.chunks.clear()
-        await d.pause_at(request(0, (1, 2), 40, segment_tokens=10))
+        await d.pause_at(request(0, (1, 2), 40, segment_tokens=10, temperature=d.again))
         await d.engine.load_weights(d.snapshot(1))
         assert d.engine.weights == WeightsId(0, 1)
         d.engine.resume()
@@ -275,7 +303,7 @@ def test_weights_change_in_mid_sequence(on_engine: Any) -> None:
         assert first.spans == [VersionSpan(0, 10, 0, 0)]
         boundary = second.spans[0].end if second.spans[0].version == 0 else 0
         assert boundary <= 1  # the engine may have been in a step when it was paused
-        assert second.spans[-1] == VersionSpan(boundary, 10, 1, 0)
+        assert second.spans[-1] == VersionSpan(boundary, 10, 1, d.kv(1, 0))
         assert d.tokens(0)[: 10 + boundary] == old[: 10 + boundary]
         await d.complete(request(1, (1, 2), 5))
         assert d.chunks[1][0].spans == [VersionSpan(0, 5, 1, 1)]
@@ -310,6 +338,59 @@ def test_a_swap_says_how_far_every_request_was(on_engine: Any) -> None:
                     assert swap.sampled.get(one.id, 0) == older
                 else:
                     assert one.id not in swap.sampled
+
+    on_engine(body)
+
+
+def test_logprobs_are_those_of_the_learner(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        requests = [request(i, (1, 2 + i % 3), 30, temperature=(1.0, 0.6, 1.7)[i % 3]) for i in range(6)]
+        greedy = request(6, (4,), 30, temperature=0.0)
+        requests += [greedy, request(7, (4,), 40, segment_tokens=7)]
+        await d.complete(*requests)
+        await d.engine.load_weights(d.snapshot(1))
+        await d.complete(request(8, (1, 2), 30))
+        for one in [*requests, request(8, (1, 2), 30)]:
+            chunks = d.chunks[one.id]
+            version = 1 if one.id == 8 else 0
+            assert {(span.version, span.kv_version) for chunk in chunks for span in chunk.spans} == {(version, version)}
+            if not d.models:
+                continue
+            expected = recompute(d.models[version], one.prompt, d.tokens(one.id), one.temperature or 1.0)
+            logprobs = np.concatenate([chunk.logprobs for chunk in chunks])
+            np.testing.assert_allclose(logprobs, expected.numpy(), atol=1e-5)
+        if d.models:
+            assert d.tokens(6) == generate(d.models[0], greedy.prompt, 30)
+
+    on_engine(body)
+
+
+def test_what_has_no_slot_waits(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        most, begun = 0, set[int]()
+
+        def watch(chunk: Chunk) -> None:
+            nonlocal most
+            begun.add(chunk.request_id)
+            most = max(most, len(begun))
+            if chunk.finish_reason is not None:
+                begun.discard(chunk.request_id)
+
+        d.watch = watch
+        await d.complete(*(request(i, (1, 2 + i), 20 + i, segment_tokens=3) for i in range(12)))
+        assert most == SLOTS
+
+    on_engine(body)
+
+
+def test_a_pause_ends_with_its_lease(on_engine: Any) -> None:
+    async def body(d: Driver) -> None:
+        await d.engine.load_weights(d.snapshot(0))
+        d.engine.pause(lease_s=0.2)
+        d.engine.submit([request(0, (1, 2), 5)])
+        await d.finished(0)  # although nobody resumes it
 
     on_engine(body)
 
@@ -356,9 +437,9 @@ def test_off_the_device_nothing_is_sampled_and_nothing_is_lost(on_engine: Any) -
         if not d.engine.capabilities.leaves_device:
             pytest.skip("it does not leave its device")
         await d.engine.load_weights(d.snapshot(0))
-        (whole,) = await d.complete(request(0, (1, 2), 40))
+        (whole,) = await d.complete(request(0, (1, 2), 40, temperature=d.again))
         d.chunks.clear()
-        await d.pause_at(request(0, (1, 2), 40, segment_tokens=2))
+        await d.pause_at(request(0, (1, 2), 40, segment_tokens=2, temperature=d.again))
         left = await d.engine.release()
         d.engine.resume()
         d.engine.submit([request(1, (3,), 5), request(2, (3,), 5), request(3, (3,), 5)])

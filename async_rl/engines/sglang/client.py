@@ -1,0 +1,244 @@
+"""The HTTP side of a SGLang server, one method for each endpoint we use (engines.sglang.contract says what they mean).
+
+Every call has a deadline whose error names server and endpoint. Errors:
+
+ServerError
+├── ServerGone      it does not answer: dead, not up yet, or cut off
+└── ServerRefused   it answered that it will not, and why
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+
+from async_rl.errors import AsyncRLError
+
+LINE_BYTES = 1 << 26
+"""One event of a call; a cumulative one of 100 thousand tokens takes 5 MB."""
+ANSWER_S = 30.0
+DONE = b"[DONE]"
+BUSY = (429, 502, 503, 504)
+"""Status codes of a server or router that may take the call later."""
+MEMORY = ["kv_cache", "weights"]
+PauseMode = Literal["retract", "in_place"]
+
+
+class ServerError(AsyncRLError):
+    """Base: a call of a SGLang server failed."""
+
+
+class ServerGone(ServerError):
+    """Nobody answers there."""
+
+
+class ServerRefused(ServerError):
+    """The server's answer was an error; says which."""
+
+    busy = False
+    """It may do it later (429, 503)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    version: str
+    tp_size: int
+    device: str
+    max_input: int
+    """Tokens of prompt it takes."""
+    dp_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a server is; over all its ranks."""
+
+    running: float
+    waiting: float
+    cache_used: float
+    """Share of the KV cache."""
+    tokens_per_s: float
+
+
+class SGLangClient:
+    """One server. Made and used on one event loop; the session belongs to whoever made it."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url = url.rstrip("/")
+        self.pauses = 0
+        """Leases (engines.sglang.lease) that keep it paused."""
+        self._session = session
+
+    # --- sampling ---------------------------------------------------------------------------------------------
+
+    async def generate(self, body: dict[str, Any], url: str = "") -> AsyncGenerator[dict[str, Any]]:
+        """Events of a streaming call. url: of a router to ask in place of this server.
+
+        There is no deadline for the whole of it: a rollout may take hours. Closing it aborts the call on the server.
+
+        Raises:
+            ServerGone, ServerRefused
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S)
+        try:
+            async with self._session.post(f"{url or self.url}/generate", json=body, timeout=timeout) as response:
+                if response.status != 200:
+                    refused = ServerRefused(self._say("generate", await _reason(response)))
+                    refused.busy = response.status in BUSY
+                    raise refused
+                while line := await response.content.readline():
+                    data = line.removeprefix(b"data:").strip()
+                    if not data:
+                        continue
+                    if data == DONE:
+                        return
+                    event: dict[str, Any] = msgspec.json.decode(data)
+                    if "error" in event:
+                        raise ServerRefused(self._say("generate", str(event["error"])))
+                    yield event
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise ServerGone(self._say("generate", str(error) or type(error).__name__)) from error
+        raise ServerGone(self._say("generate", "the answer broke off"))
+
+    async def abort(self, rid: str) -> None:
+        """Its call ends with the tokens it has. Unknown ids are ignored; a prefix aborts all ids that begin so."""
+        await self._post("abort_request", {"rid": rid})
+
+    async def pause(self, mode: PauseMode) -> None:
+        """retract: requests return to the queue, their KV may be flushed. in_place: they stay as they are. What comes
+        while paused is held."""
+        await self._post("pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Harmless where nothing is paused."""
+        await self._post("continue_generation", {})
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    async def init_group(self, host: str, port: int, size: int, name: str, backend: str, timeout_s: float) -> None:
+        """Join the weight group as ranks 1 to size - 1; answers when all are there."""
+        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size}
+        await self._post("init_weights_update_group", body | {"group_name": name, "backend": backend}, timeout_s)
+
+    async def destroy_group(self, name: str) -> None:
+        await self._post("destroy_weights_update_group", {"group_name": name})
+
+    async def begin_update(self) -> None:
+        await self._post("begin_weight_update", {})
+
+    async def end_update(self) -> None:
+        await self._post("end_weight_update", {})
+
+    async def receive_bucket(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group: str,
+        timeout_s: float,
+        *,
+        version: str | None,
+        flush: bool,
+    ) -> None:
+        """Receive one flattened bucket from rank 0 and load it; answers when it is loaded. version: set afterwards."""
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": flush,
+            "weight_version": version,
+        }
+        await self._post("update_weights_from_distributed", body, timeout_s)
+
+    async def load_from_disk(self, directory: str, version: str, timeout_s: float, *, flush: bool) -> None:
+        body = {"model_path": directory, "weight_version": version, "flush_cache": flush, "load_format": "auto"}
+        await self._post("update_weights_from_disk", body, timeout_s)
+
+    async def checksums(self, timeout_s: float) -> list[dict[str, str]]:
+        """By rank: parameter of the server's own model -> checksum of its bytes."""
+        answer = await self._post("weights_checker", {"action": "checksum"}, timeout_s)
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    async def release_memory(self) -> None:
+        """Weights and KV cache leave the device; only while paused, with nothing running."""
+        await self._post("release_memory_occupation", {"tags": MEMORY})
+
+    async def take_memory(self) -> None:
+        """They come back, with no sensible content. Only after `release_memory`."""
+        await self._post("resume_memory_occupation", {"tags": MEMORY})
+
+    # --- what it is and how it is -----------------------------------------------------------------------------
+
+    async def info(self, timeout_s: float = ANSWER_S) -> ServerInfo:
+        """Also answers while paused, as /health does not."""
+        found = await self._get("server_info", timeout_s)
+        return ServerInfo(
+            version=str(found.get("version")),
+            tp_size=int(found.get("tp_size") or 1),
+            device=str(found.get("device") or "cuda"),
+            max_input=int(found.get("max_req_input_len") or 0),
+            dp_size=int(found.get("dp_size") or 1),
+        )
+
+    async def weight_version(self) -> str:
+        return str((await self._get("model_info", ANSWER_S))["weight_version"])
+
+    async def load(self, timeout_s: float = ANSWER_S) -> Load:
+        """Also answers while paused."""
+        loads: list[dict[str, Any]] = (await self._get("v1/loads", timeout_s))["loads"]
+        return Load(
+            running=sum(float(one["num_running_reqs"]) for one in loads),
+            waiting=sum(float(one["num_waiting_reqs"]) for one in loads),
+            cache_used=max((float(one["token_usage"]) for one in loads), default=0.0),
+            tokens_per_s=sum(float(one["gen_throughput"]) for one in loads),
+        )
+
+    async def _get(self, endpoint: str, timeout_s: float) -> dict[str, Any]:
+        return await self._call("GET", endpoint, None, timeout_s)
+
+    async def _post(self, endpoint: str, body: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        return await self._call("POST", endpoint, body, timeout_s)
+
+    async def _call(self, method: str, endpoint: str, body: Any, timeout_s: float) -> dict[str, Any]:
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, f"{self.url}/{endpoint}", json=body) as response,
+            ):
+                if response.status != 200:
+                    raise ServerRefused(self._say(endpoint, await _reason(response)))
+                text = await response.read()
+        except TimeoutError as error:
+            raise ServerGone(self._say(endpoint, f"no answer in {timeout_s:.0f} s")) from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ServerGone(self._say(endpoint, str(error) or type(error).__name__)) from error
+        answer = msgspec.json.decode(text) if text.startswith(b"{") else {}
+        if answer.get("success") is False:
+            raise ServerRefused(self._say(endpoint, str(answer.get("message"))))
+        return answer
+
+    def _say(self, endpoint: str, reason: str) -> str:
+        return f"SGLang server {self.url}, {endpoint}: {reason}"
+
+
+async def _reason(response: aiohttp.ClientResponse) -> str:
+    """Of an error answer: the message it carries, in one line."""
+    text = (await response.text()).strip()
+    try:
+        answer = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        answer = {}
+    if isinstance(answer, dict):
+        error = answer.get("error")  # pyright: ignore[reportUnknownMemberType]
+        inner = error.get("message") if isinstance(error, dict) else error  # pyright: ignore[reportUnknownMemberType]
+        text = str(answer.get("message") or inner or answer.get("detail") or text)  # pyright: ignore[reportUnknownMemberType]
+    return f"{response.status} {' '.join(text.split())}"

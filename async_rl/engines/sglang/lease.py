@@ -1,0 +1,96 @@
+"""A pause of a server is a lease: it is given back in `finally`, and at its deadline whatever its holder does.
+
+async with PauseLease(client, "retract", seconds=30) as lease:
+    lease.dirty = True      # from here on the server's weights are neither old nor new: nothing may resume it
+    ...
+    lease.dirty = False
+    lease.check()           # LeaseExpired once the server has been resumed without us
+print(lease.held_s)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from types import TracebackType
+
+from async_rl.engines.sglang.client import PauseMode, ServerError, SGLangClient
+
+RESUME_TRIES = 3
+log = logging.getLogger(__name__)
+
+
+class LeaseExpired(ServerError):
+    """The server was resumed at the deadline of a pause, while its holder was still at work."""
+
+
+class PauseLease:
+    """While any is held the server samples nothing; leases of one client nest. A dirty one outlives its deadline, and
+    its end: the server stays paused, because what it would sample with has no version."""
+
+    def __init__(self, client: SGLangClient, mode: PauseMode, *, seconds: float) -> None:
+        self._client, self._seconds = client, seconds
+        self._mode: PauseMode = mode
+        self._watch: asyncio.Task[None] | None = None
+        self._since = 0.0
+        self.dirty = False
+        self.expired = False
+        self.held_s = 0.0
+        """How long it was held, once it is over."""
+
+    async def __aenter__(self) -> PauseLease:
+        self._since = time.monotonic()
+        self._watch = asyncio.create_task(self._expire(), name=f"pause of {self._client.url}")
+        self._client.pauses += 1
+        try:
+            await self._client.pause(self._mode)
+        except BaseException:
+            await self._release()  # it may have paused without telling us
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._release()
+
+    def check(self) -> None:
+        """Raises LeaseExpired if the server was resumed at the deadline."""
+        if self.expired:
+            raise LeaseExpired(
+                f"SGLang server {self._client.url} was resumed after {self._seconds:g} s of pause "
+                "(generator.sglang.pause_s): what was to happen in it was not over"
+            )
+
+    async def _release(self) -> None:
+        assert self._watch is not None
+        if self.expired:
+            await self._watch
+        else:
+            self._watch.cancel()
+            self._client.pauses -= 1
+            if not self.dirty:
+                await asyncio.shield(self._resume())
+        self.held_s = time.monotonic() - self._since
+
+    async def _expire(self) -> None:
+        await asyncio.sleep(self._seconds)
+        if self.dirty:
+            log.warning("%s: a pause outlives its %g s, the weights are half loaded", self._client.url, self._seconds)
+            return
+        self.expired = True
+        self._client.pauses -= 1
+        log.warning("%s: a pause reached its deadline of %g s and ends", self._client.url, self._seconds)
+        await self._resume()
+
+    async def _resume(self) -> None:
+        """A server that stays paused is worse than an error, so it is asked more than once."""
+        if self._client.pauses > 0:
+            return  # others still hold it
+        for attempt in range(RESUME_TRIES):
+            try:
+                await self._client.resume()
+                return
+            except ServerError as error:
+                log.warning("%s (try %d of %d)", error, attempt + 1, RESUME_TRIES)

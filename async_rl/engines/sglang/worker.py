@@ -1,0 +1,311 @@
+"""One server as the engine uses it: started or attached, watched, brought to the engine's weights, started again.
+
+    down --(it answers)--> up --(weights loaded)--> ready
+     ^                                               |
+     +------(it exits, or answers no more)-----------+
+
+A server is asked every PROBE_S how it is, because it tells nobody: whether it lives, what it holds, how busy it is. One
+that samples nothing although requests are with it, and that we did not pause, was paused by somebody else: it is
+resumed, and the log says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from async_rl.engines.protocol import Snapshot
+from async_rl.engines.sglang.client import Load, ServerError, ServerGone, SGLangClient
+from async_rl.engines.sglang.contract import version_name
+from async_rl.engines.sglang.server import ServerFailed, ServerProcess
+from async_rl.engines.sglang.update import ServerBroken, ServerWeights
+from async_rl.errors import UserError
+from async_rl.wire.messages import WeightsId
+
+PROBE_S = 2.0
+PROBE_ANSWER_S = 10.0
+LOST_PROBES = 3
+"""So many in a row without an answer: it is gone, or hangs."""
+SUSPECT_S = 0.2
+MAX_RESTARTS = 3
+"""In a row, without a finished piece in between."""
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Everything happens on the engine's loop; `tend` runs as long as the engine does."""
+
+    def __init__(
+        self,
+        make_client: Callable[[str], SGLangClient],
+        make_weights: Callable[[SGLangClient], ServerWeights],
+        *,
+        process: ServerProcess | None,
+        url: str = "",
+        start_s: float,
+        stuck_s: float,
+        max_input: int,
+        news: Callable[[], None],
+    ) -> None:
+        """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
+        long without progress means that somebody paused it. news: called when something may begin that could not."""
+        self._make_client, self._make_weights, self._process = make_client, make_weights, process
+        self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
+        self.client = make_client(url)
+        self._weights = make_weights(self.client)
+        self._up = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._suspected = asyncio.Event()
+        self._lost = ""
+        """Why it must be given up."""
+        self._target: Snapshot | None = None
+        self._away = False
+        """Off the device until the next weights, whatever happens to the server meanwhile."""
+        self._asleep = False
+        """This run of the server has given its memory back."""
+        self.held: WeightsId | None = None
+        """What it samples with, as far as we loaded it."""
+        self.pieces = 0
+        """Pieces that are with it."""
+        self.progressed_at = time.monotonic()
+        self.restarts = 0
+        """In a row."""
+        self.restarted = 0
+        """In all."""
+        self.foreign_pauses = 0
+        self.load: Load | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._up.is_set() and self.held is not None and not self._lock.locked()
+
+    @property
+    def reloads(self) -> int:
+        """Failed updates that were mended from disk."""
+        return self._weights.reloads
+
+    def progressed(self) -> None:
+        self.progressed_at = time.monotonic()
+
+    def suspect(self) -> None:
+        """A call broke off: look at it now."""
+        self._suspected.set()
+
+    async def tend(self) -> None:
+        """Raises UserError where it never was there, ServerFailed where it does not come back, or keeps dying."""
+        async with asyncio.TaskGroup() as self._tasks:
+            while True:
+                try:
+                    await self._start()
+                except ServerFailed as error:
+                    if self.restarted:
+                        raise
+                    raise UserError(f"generator.sglang: {error}") from None
+                self._lost = ""
+                self._up.set()
+                self._catch_up()
+                why = await self._watch()
+                self._up.clear()
+                self.held = None
+                self.restarts += 1
+                self.restarted += 1
+                log.warning("SGLang server %s is gone (%s); %s", self.client.url, why, self._what_now())
+                if self.restarts > MAX_RESTARTS:
+                    raise ServerFailed(
+                        f"the SGLang server was lost {self.restarts} times in a row, last by {why}"
+                        + (self._process.see_log() if self._process else f": look at {self.client.url}")
+                    )
+
+    def _catch_up(self) -> None:
+        """Bring it to the newest weights, while it is being watched."""
+
+        async def catch_up() -> None:
+            if self._target is not None and not self._away:
+                await self.update(self._target)
+                self._news()
+
+        self._tasks.create_task(catch_up(), name=f"weights of {self.client.url}")
+
+    async def update(self, snapshot: Snapshot, swapped: Callable[[Worker], None] = lambda _: None) -> float:
+        """Bring it to these weights, after a restart again. Returns how long it stood still.
+
+        swapped: called when they are loaded, before it goes on.
+
+        Raises:
+            ServerBroken: a server that we did not start holds half-loaded weights.
+            ServerRefused, WeightsError: it holds what it held before.
+        """
+        before, self._target = self._target, snapshot
+        async with self._lock:
+            while self.held != snapshot.weights:
+                await self._wait_up()
+                try:
+                    await self._wake()
+                    lease = await self._weights.load(snapshot, lambda: swapped(self))
+                except ServerBroken as error:
+                    if self._process is None:
+                        raise
+                    self._give_up(str(error))
+                except ServerGone as error:
+                    self._give_up(str(error))
+                except Exception:
+                    self._target = before
+                    raise
+                else:
+                    self.held = snapshot.weights
+                    self.progressed()
+                    return lease.held_s
+        return 0.0
+
+    async def release(self, stopped: Callable[[Worker], None]) -> None:
+        """Leave the device until the next weights. stopped: called when nothing is sampled any more.
+
+        Raises:
+            ServerRefused: it will not.
+        """
+        async with self._lock:
+            if self._away:
+                return
+            self._away, self.held = True, None
+            await self._wait_up()
+            try:
+                self.client.pauses += 1  # one that no deadline ends
+                self._asleep = True
+                await self.client.pause("retract")
+                stopped(self)
+                await self.client.release_memory()
+            except ServerGone as error:
+                self._give_up(str(error))  # what is dead has left the device
+
+    async def _wake(self) -> None:
+        self._away = False
+        if self._asleep:
+            await self.client.take_memory()
+            self._asleep = False
+            self.client.pauses -= 1
+
+    async def close(self) -> None:
+        if self._process is not None:
+            await self._process.stop()
+        elif self._up.is_set():
+            await self._weights.close()
+
+    async def _start(self) -> None:
+        self._asleep = False
+        if self._process is not None:
+            await self._process.start()
+            self.client = self._make_client(self._process.url)
+            self._weights = self._make_weights(self.client)
+            await self._process.wait_ready(self.client, self._start_s)
+        else:
+            await self._attach()
+        info = await self.client.info()
+        if info.max_input < self._max_input:
+            raise ServerFailed(
+                f"SGLang server {self.client.url} takes prompts of {info.max_input} tokens, this recipe needs "
+                f"{self._max_input}: lower generator.max_length, or start it with a larger --context-length and "
+                "--max-total-tokens"
+            )
+        if info.dp_size > 1:
+            raise ServerFailed(
+                f"SGLang server {self.client.url} runs with --dp-size {info.dp_size}: weights reach one replica only; "
+                "start as many servers and name them all in generator.sglang.attach"
+            )
+
+    async def _attach(self) -> None:
+        deadline = asyncio.get_running_loop().time() + self._start_s
+        while True:
+            try:
+                await self.client.info(PROBE_ANSWER_S)
+                return
+            except ServerError as error:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise ServerFailed(
+                        f"{error} (generator.sglang.attach): nothing answered for {self._start_s:.0f} s"
+                    ) from None
+                await asyncio.sleep(PROBE_S)
+
+    async def _wait_up(self) -> None:
+        try:
+            async with asyncio.timeout(self._start_s + PROBE_ANSWER_S):
+                await self._up.wait()
+        except TimeoutError:
+            raise ServerFailed(f"SGLang server {self.client.url} did not come back") from None
+
+    def _give_up(self, why: str) -> None:
+        """It will not do as it is: `tend` starts it again, or waits for it to come back."""
+        self._lost = why
+        self._up.clear()
+        self.held = None
+        self._suspected.set()
+
+    async def _watch(self) -> str:
+        """Until it is gone; why, in words."""
+        exited = asyncio.create_task(self._process.wait_exit()) if self._process is not None else None
+        silent = 0
+        try:
+            while not self._lost and silent < LOST_PROBES:
+                if exited is not None and exited.done():
+                    return exited.result()
+                silent = 0 if await self._probe() else silent + 1
+                await self._pause_between_probes(exited)
+        finally:
+            if exited is not None:
+                exited.cancel()
+        if self._process is not None:
+            self._process.kill()
+            await self._process.wait_exit()
+        return self._lost or "no answer"
+
+    async def _pause_between_probes(self, exited: asyncio.Task[str] | None) -> None:
+        suspected = asyncio.create_task(self._suspected.wait())
+        waits: list[asyncio.Task[Any]] = [suspected] if exited is None else [suspected, exited]
+        try:
+            await asyncio.wait(waits, timeout=PROBE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            suspected.cancel()
+        if self._suspected.is_set() and exited is not None and not exited.done():
+            await asyncio.wait([exited], timeout=SUSPECT_S)  # whoever breaks off a call may be about to exit
+        self._suspected.clear()
+
+    async def _probe(self) -> bool:
+        """Look at it once. False: no answer."""
+        try:
+            self.load = await self.client.load(PROBE_ANSWER_S)
+            if not self._lock.locked():
+                await self._check_version()
+        except ServerError as error:
+            log.warning("%s", error)
+            return False
+        await self._end_foreign_pause(self.load)
+        return True
+
+    async def _check_version(self) -> None:
+        """Somebody else may have loaded other weights, or started the server anew."""
+        held = self.held
+        if held is None:
+            return
+        found = await self.client.weight_version()
+        if found != version_name(held) and self.held == held and not self._lock.locked():
+            log.warning("SGLang server %s holds weights %s, not ours: they are loaded again", self.client.url, found)
+            self.held = None
+            self._catch_up()
+
+    async def _end_foreign_pause(self, load: Load) -> None:
+        stuck = time.monotonic() - self.progressed_at > self._stuck_s
+        if self.pieces and stuck and not load.running and not self.client.pauses and not self._lock.locked():
+            self.foreign_pauses += 1
+            log.warning(
+                "SGLang server %s has sampled nothing for %.0f s with %d requests: somebody else paused it; resumed",
+                self.client.url,
+                time.monotonic() - self.progressed_at,
+                self.pieces,
+            )
+            self.progressed()
+            await self.client.resume()
+
+    def _what_now(self) -> str:
+        return "it is started again" if self._process is not None else "waiting for it to come back"
