@@ -174,6 +174,8 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str = "auto"
     ranks: int = 1
     """Data-parallel processes."""
+    sharding: Literal["none", "full"] = "none"
+    """none: every rank holds all weights and optimiser states. full: each holds 1 / ranks of them (FSDP2)."""
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

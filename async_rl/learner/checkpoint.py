@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from async_rl.errors import UserError
+from async_rl.learner.distributed import Ranks
 from async_rl.learner.saved_parts import (
     CheckpointCorrupt,
     Copy,
@@ -69,34 +70,50 @@ class Content:
     tokenizer: PreTrainedTokenizerBase
 
 
-def take(position: Position, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> Content:
-    """Copy everything, between two steps."""
+def take(position: Position, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> Content:
+    """Copy everything this rank writes, between two steps; all ranks do it where a part is sharded."""
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
-    return Content(position, [copy_part(part) for part in parts], generators, tokenizer)
+    return Content(position, [copy_part(part, ranks) for part in parts], generators, tokenizer)
 
 
-def write(directory: Path, content: Content) -> Path:
-    """Write `directory/vNNNNNNNN`, durable when this returns.
+def prepare(directory: Path, version: int) -> None:
+    """Rank 0, before any rank writes."""
+    partial = _partial(directory, version)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def write(directory: Path, content: Content, ranks: Ranks) -> None:
+    """This rank's files of `directory/vNNNNNNNN`, which has not got its name yet.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    partial = _partial(directory, content.position.version)
+    with _room(_final(directory, content.position.version)):
+        for copied in content.copies:
+            write_part(copied, partial)
+            if ranks.rank > 0 and copied.states is not None:
+                _flush(partial / copied.name / copied.states.file)
+        if ranks.rank == 0:
+            content.tokenizer.save_pretrained(partial)
+            save_file(content.generators, partial / RNG_FILE)
+            position = msgspec.json.format(msgspec.json.encode(content.position), indent=2)
+            (partial / POSITION_FILE).write_bytes(position + b"\n")
+
+
+def finish(directory: Path, version: int) -> Path:
+    """Rank 0, after all ranks have written: everything is flushed to disk, then the directory gets its name.
 
     A checkpoint of the same version is replaced: the run came here a second time.
 
     Raises:
         UserError: the disk is full.
     """
-    final = directory / f"v{content.position.version:08d}"
-    partial = directory / f"{PARTIAL}{final.name}-{os.getpid()}"
+    partial, final = _partial(directory, version), _final(directory, version)
     with _room(final):
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for copied in content.copies:
-            write_part(copied, partial)
-        content.tokenizer.save_pretrained(partial)
-        save_file(content.generators, partial / RNG_FILE)
-        position = msgspec.json.format(msgspec.json.encode(content.position), indent=2)
-        (partial / POSITION_FILE).write_bytes(position + b"\n")
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         publish(partial, final)
@@ -104,12 +121,33 @@ def write(directory: Path, content: Content) -> Path:
 
 
 def save(
-    directory: Path, position: Position, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, *, keep: int
+    directory: Path,
+    position: Position,
+    parts: Sequence[Part],
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks,
+    *,
+    keep: int,
 ) -> Path:
-    """`take`, `write` and `prune` in one; durable when it returns. Raises as `write` does."""
-    path = write(directory, take(position, parts, tokenizer))
+    """All of it at once, for parts that are not sharded, on rank 0; durable when it returns. Where they are, or where
+    training goes on meanwhile, see learner.checkpoint_writer.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    prepare(directory, position.version)
+    write(directory, take(position, parts, tokenizer, ranks), ranks)
+    path = finish(directory, position.version)
     prune(directory, keep)
     return path
+
+
+def _final(directory: Path, version: int) -> Path:
+    return directory / f"v{version:08d}"
+
+
+def _partial(directory: Path, version: int) -> Path:
+    return directory / f"{PARTIAL}{_final(directory, version).name}"
 
 
 @contextmanager
@@ -155,7 +193,7 @@ def latest(directory: Path) -> tuple[Path, Position] | None:
     Raises:
         CheckpointCorrupt: its trainer.json is missing, unreadable or of another format.
     """
-    found = complete(directory)
+    found = checkpoints(directory)
     if not found:
         return None
     path = found[-1]
@@ -178,7 +216,7 @@ def remove_partial(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore(path: Path, parts: Sequence[Part]) -> None:
+def restore(path: Path, parts: Sequence[Part], ranks: Ranks) -> None:
     """Optimiser and generator states as they were; the weights are loaded by who builds the models.
 
     Raises:
@@ -186,7 +224,7 @@ def restore(path: Path, parts: Sequence[Part]) -> None:
     """
     generators = read_tensors(path / RNG_FILE)
     for part in parts:
-        restore_part(part, path)
+        restore_part(part, path, ranks)
     torch.set_rng_state(generators["cpu"])
     if torch.cuda.is_available() and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"])
@@ -194,7 +232,7 @@ def restore(path: Path, parts: Sequence[Part]) -> None:
 
 def prune(directory: Path, keep: int, spared: Collection[int] = ()) -> None:
     """Remove all but the newest `keep` and the versions in `spared`."""
-    for path in complete(directory)[:-keep]:
+    for path in checkpoints(directory)[:-keep]:
         if int(path.name[1:]) in spared:
             continue
         doomed = path.with_name(f"{PARTIAL}old-{path.name}")  # a crash in the middle leaves nothing that looks complete
@@ -202,7 +240,7 @@ def prune(directory: Path, keep: int, spared: Collection[int] = ()) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def complete(directory: Path) -> list[Path]:
+def checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
     if not directory.is_dir():
         return []

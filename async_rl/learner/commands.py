@@ -16,11 +16,21 @@ class Train(msgspec.Struct, frozen=True, tag=True):
     batch: MicroBatches
 
 
+class Snapshot(msgspec.Struct, frozen=True, tag=True):
+    """Join in gathering the weights, for the engines."""
+
+
+class Save(msgspec.Struct, frozen=True, tag=True):
+    """Join in a checkpoint: gather the weights, write your rows of the optimiser's states."""
+
+    lineage: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-Command: TypeAlias = Train | Stop
+Command: TypeAlias = Train | Snapshot | Save | Stop
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

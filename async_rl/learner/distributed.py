@@ -10,6 +10,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +55,12 @@ def choose_device(device: str) -> torch.device:
 class Ranks:
     """This process among the learner's ranks. Collectives are no-ops in a world of one."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, timeout_s: float, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """group: None is the default one."""
         self.rank, self.size, self.device = rank, size, device
-        self._timeout_s = timeout_s
+        self._timeout_s, self._group = timeout_s, group
 
     @classmethod
     def start(cls, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
@@ -81,25 +85,32 @@ class Ranks:
             raise RanksDisagree(f"rank {rank} of {size} could not join the others: {_first_line(error)}") from error
         return cls(rank, size, device, timeout_s)
 
+    def separate(self, timeout_s: float) -> Ranks:
+        """The same ranks over a gloo group of their own, for CPU tensors of another thread. All ranks ask for it."""
+        group: Any = None
+        if self.size > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return Ranks(self.rank, self.size, torch.device("cpu"), timeout_s, group)
+
     def sum(self, tensor: Tensor) -> None:
         """In place, over ranks."""
         if self.size > 1:
-            with self._naming("a sum over ranks"):
-                dist.all_reduce(tensor)
+            with self.naming("a sum over ranks"):
+                dist.all_reduce(tensor, group=self._group)
 
     def maximum(self, tensor: Tensor) -> None:
         """In place, over ranks."""
         if self.size > 1:
-            with self._naming("a maximum over ranks"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            with self.naming("a maximum over ranks"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: the same answer on all of them."""
         if self.size == 1:
             return flag
         votes = torch.tensor([int(flag)])
-        with self._naming("a vote of all ranks"):
-            dist.all_reduce(votes)
+        with self.naming("a vote of all ranks"):
+            dist.all_reduce(votes, group=self._group)
         return bool(votes.item())
 
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
@@ -107,14 +118,14 @@ class Ranks:
         if self.size == 1:
             return payload or b""
         nbytes = torch.tensor([len(payload or b"")])
-        with self._naming("a message of rank 0 (it sends a keep-alive when it has none)"):
-            dist.broadcast(nbytes, 0)
+        with self.naming("a message of rank 0 (it sends a keep-alive when it has none)"):
+            dist.broadcast(nbytes, 0, self._group)
             if not nbytes.item():
                 return b""
             buffer = torch.empty(int(nbytes.item()), dtype=torch.uint8)
             if payload:
                 buffer.numpy()[:] = np.frombuffer(payload, np.uint8)
-            dist.broadcast(buffer, 0)
+            dist.broadcast(buffer, 0, self._group)
         return payload or buffer.numpy().tobytes()
 
     def stop(self) -> None:
@@ -123,7 +134,7 @@ class Ranks:
             dist.destroy_process_group()
 
     @contextmanager
-    def _naming(self, awaited: str) -> Generator[None]:
+    def naming(self, awaited: str) -> Generator[None]:
         """Turn torch's errors into one that says who waited for what, and how long at most."""
         try:
             yield

@@ -90,7 +90,7 @@ class _Head(torch.autograd.Function):
         with torch.autocast(hidden_KH.device.type, enabled=False):
             hidden, weight = hidden_KH.to(ctx.dtype), weight_VH.to(ctx.dtype)
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight_VH)
+            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for start in range(0, len(target_K), ctx.rows):
                 rows = slice(start, start + ctx.rows)
                 log_p = kept if kept is not None else _log_softmax(hidden[rows], weight, ctx.temperature)
@@ -103,5 +103,7 @@ class _Head(torch.autograd.Function):
                     grad -= p * (log_p + entropy_K[rows, None]) * grad_entropy_K[rows, None]
                 grad = (grad / ctx.temperature if ctx.temperature != 1.0 else grad).to(ctx.dtype)
                 grad_hidden[rows] = grad @ weight
-                grad_weight += grad.t() @ hidden[rows]
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ hidden[rows]
+        grad_weight = None if grad_weight is None else grad_weight.to(weight_VH.dtype)
         return grad_hidden.to(hidden_KH.dtype), grad_weight, None, None, None, None

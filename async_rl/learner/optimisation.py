@@ -22,7 +22,8 @@ from async_rl.algorithms.metrics import add_stats
 from async_rl.config import Optimizer
 from async_rl.errors import AsyncRLError
 from async_rl.learner.distributed import Ranks
-from async_rl.learner.gradients import FlatGradients
+from async_rl.learner.gradients import clip_factor, gradients_of
+from async_rl.learner.sharding import is_sharded
 
 Stats: TypeAlias = dict[str, Tensor]
 """Detached scalars that add up over micro-batches and ranks, except `*_max`, which take the maximum."""
@@ -78,7 +79,8 @@ class Optimisation:
     def __init__(self, parameters: Iterable[nn.Parameter], optimizer: Optimizer, steps: int, ranks: Ranks) -> None:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self._config, self._steps, self._ranks = optimizer, steps, ranks
-        self._gradients = FlatGradients(trained)
+        self._gradients = gradients_of(trained, ranks)
+        self._sharded = is_sharded(trained)
         self.optimizer = torch.optim.AdamW(
             trained,
             lr=optimizer.learning_rate,
@@ -109,9 +111,13 @@ class Optimisation:
             part, part_stats = compute()
             if part.requires_grad:
                 part.backward()
+            elif self._sharded:
+                raise RuntimeError(
+                    "a loss does not depend on the parameters: the other ranks would wait for its gradients"
+                )
             loss += part.detach()
             stats.append(part_stats)
-        self._gradients.reduce(self._ranks)
+        self._gradients.reduce()
         norm = self._gradients.norm().double()
         values = self._reduce({**add_stats(stats), "loss": loss})
         return Totals(values.pop("loss"), float(norm), values)
@@ -121,7 +127,9 @@ class Optimisation:
         they were bit for bit, and the metrics say so. Every rank decides the same from the same numbers."""
         rate = learning_rate(self._config, step, self._steps)
         if totals.finite and allowed:
-            self._gradients.clip(totals.grad_norm, self._config.clip_norm)
+            factor = clip_factor(totals.grad_norm, self._config.clip_norm)
+            if factor is not None:
+                self._gradients.scale(factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()

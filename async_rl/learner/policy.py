@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from async_rl.learner.distributed import Ranks
 from async_rl.learner.logprobs import TokenLogprobs, token_logprobs
-from async_rl.learner.packed_attention import run_packed, use_packed_attention
+from async_rl.learner.packed_attention import Block, Family, run_packed, use_packed_attention
 from async_rl.learner.packing import PackedTokens
+from async_rl.learner.sharding import shard
+
+ONE_TOKEN = (Family(0, (Block(1, 1),)),)
 
 
 class PackedPolicy(nn.Module):
@@ -27,16 +31,23 @@ class PackedPolicy(nn.Module):
         self.model = model
         self._temperature = temperature
         self._low = torch.bfloat16 if dtype == "bfloat16" else None
+        self._collective = False
         self.eval()
         use_packed_attention(model)
 
+    def shard(self, ranks: Ranks) -> None:
+        """Spread the parameters over the ranks (learner.sharding), before an optimiser is made. From now on all ranks
+        make equally many forward and backward passes; one without trained tokens reads a single token."""
+        shard(self, cast(nn.ModuleList, self.model.base_model.layers), ranks, self._low)
+        self._collective = True
+
     def forward(self, tokens: PackedTokens) -> TokenLogprobs:
         """[K] each, float32."""
-        if not len(tokens.target_K):
+        if not len(tokens.target_K) and not self._collective:
             nothing = torch.zeros(0, device=tokens.target_K.device)
             return TokenLogprobs(nothing, nothing)
         return token_logprobs(
-            self.hidden(tokens),
+            self._hidden(tokens),
             cast(nn.Linear, self.model.get_output_embeddings()).weight,
             tokens.target_K,
             temperature=self._temperature,
@@ -45,6 +56,13 @@ class PackedPolicy(nn.Module):
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
         """[K, H] after the last norm, at the positions that predict the trained tokens."""
-        with torch.autocast(tokens.input_1T.device.type, self._low) if self._low else nullcontext():
-            hidden_TH = run_packed(self.model, tokens.input_1T, tokens.position_1T, tokens.families)
+        return self._hidden(tokens)
+
+    def _hidden(self, tokens: PackedTokens) -> Tensor:
+        input_1T, position_1T, families = tokens.input_1T, tokens.position_1T, tokens.families
+        if not input_1T.numel():
+            input_1T, families = torch.zeros(1, 1, dtype=torch.int64, device=input_1T.device), ONE_TOKEN
+            position_1T = input_1T
+        with torch.autocast(input_1T.device.type, self._low) if self._low else nullcontext():
+            hidden_TH = run_packed(self.model, input_1T, position_1T, families)
         return hidden_TH.index_select(0, tokens.predictor_K)

@@ -14,6 +14,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.frozen import Frozen
 from async_rl.learner.passes import over_step
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.sharding import whole
 from async_rl.models.loading import build_model
 
 NAME = "reference"
@@ -55,4 +56,4 @@ class ReferencePolicy:
         """Every so many versions, become the policy as it is now."""
         if self.changes and version % self._refresh_steps == 0:
             for mine, its in zip(self._policy.parameters(), policy.parameters(), strict=True):
-                mine.copy_(its)
+                mine.copy_(whole(its))

@@ -96,7 +96,7 @@ class LearnerService:
             welcome = await self._welcome
             learner.begin(welcome.lineage)
             beating = tasks.create_task(self._beat(welcome.heartbeat_s), name="heartbeat")
-            self._publisher.publish(learner.weights, learner.snapshot)
+            await self._publish()
             await self._train_until_shutdown()
             serving.cancel()
             beating.cancel()
@@ -110,8 +110,7 @@ class LearnerService:
             except Abandoned:
                 break  # it is composed: the next start trains on it
             self._request(batch.step + 1)  # a step without micro-batches has no last one
-            self._tracker.switch("publish")
-            self._publisher.publish(self._learner.weights, self._learner.snapshot)
+            await self._publish()
             self._tokens += int(metrics["tokens"])
             self._tracker.switch("wait_batch")
             activity = self._tracker.activity(self._tokens)
@@ -146,6 +145,10 @@ class LearnerService:
                     await self._in_thread("wait_batch", self._learner.keep_alive)
         finally:
             getting.cancel()
+
+    async def _publish(self) -> None:
+        learner = self._learner
+        await self._in_thread("publish", lambda: self._publisher.publish(learner.weights, learner.snapshot))
 
     async def _begin_checkpoint(self) -> asyncio.Future[Path]:
         """Copied when this returns; written, and the controller told so, while training goes on."""

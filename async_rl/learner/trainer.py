@@ -14,8 +14,9 @@ All methods block and belong in one thread at a time; none of them knows the wir
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, neve
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.roles import Roles
 from async_rl.learner.saved_parts import Part
+from async_rl.learner.sharding import gathered
 from async_rl.learner.step import TrainStep
 from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
@@ -61,7 +63,8 @@ class Learner:
         self._run = run
         self._run_directory, self._measured = RunDirectory(run_directory), False
         directory = run_directory / CHECKPOINTS
-        self._writer = CheckpointWriter(directory, run.checkpoint)
+        self._sharded = run.learner.sharding == "full" and self.ranks.size > 1
+        self._writer = CheckpointWriter(directory, run.checkpoint, self.ranks, together=self._sharded)
         self.version = 0
         self.lineage = 0
         """Of the weights from now on: the controller's HelloAck decides it (`begin`)."""
@@ -73,9 +76,14 @@ class Learner:
         self.tokenizer = load_tokenizer(source)
         with checkpoint.no_progress_bars():
             self.model = build_model(source, seed=run.seed, dtype=torch.float32)
-        self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
         self.layout: Layout = wire_layout(run, self.model)
+        self.attention_share = attention_share(self.model.config, self.model.num_parameters())
+        """See models.flops."""
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
+        if self._sharded:
+            policy.shard(self.ranks)
+        else:
+            self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
         self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
         objective, resumed = build_objective(run.algorithm), None if found is None else found[0]
         self._policy = policy
@@ -88,18 +96,13 @@ class Learner:
             torch.manual_seed(run.seed)
         else:
             path, position = found
-            checkpoint.restore(path, self.parts)
+            checkpoint.restore(path, self.parts, self.ranks)
             self.version, self.lineage = position.version, position.lineage
             self.resumed_from = WeightsId(position.lineage, position.version)
 
     @property
     def weights(self) -> WeightsId:
         return WeightsId(self.lineage, self.version)
-
-    @property
-    def attention_share(self) -> float:
-        """See models.flops."""
-        return attention_share(self.model.config, self.model.num_parameters())
 
     def begin(self, lineage: int) -> None:
         """Train under this lineage from now on."""
@@ -138,8 +141,14 @@ class Learner:
         return holdings(self._policy, self._optimisation.optimizer, self.roles)
 
     def snapshot(self, out: Tensor) -> None:
-        """Copy the weights into `out` ([layout.nbytes] uint8), as the wire wants them; `Publisher.publish` calls it."""
-        self.layout.pack(self.model.named_parameters(), out)
+        """Rank 0: copy the weights into `out` ([layout.nbytes] uint8), as the wire wants them; `Publisher.publish`
+        calls it."""
+        if self._sharded:
+            self.ranks.broadcast_bytes(commands.encode(commands.Snapshot()))
+        self.layout.pack(self._whole_weights(), out)
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return gathered(self.model.named_parameters(), self.ranks, self.layout.entries[0].dtype)
 
     def begin_checkpoint(self) -> Future[Path]:
         """Rank 0: copy everything, then write it in the background. The future is done when it is durable.
@@ -148,7 +157,13 @@ class Learner:
             UserError: the former checkpoint could not be written, or takes too long.
         """
         position = checkpoint.Position(self.version, self.lineage, self.version, self._run.seed)
-        return self._writer.begin(lambda: checkpoint.take(position, self.parts, self.tokenizer))
+
+        def take() -> checkpoint.Content:
+            if self._sharded and self.ranks.rank == 0:
+                self.ranks.broadcast_bytes(commands.encode(commands.Save(self.lineage)))
+            return checkpoint.take(position, self.parts, self.tokenizer, self.ranks)
+
+        return self._writer.begin(self.version, take)
 
     def save_checkpoint(self) -> Path:
         """`begin_checkpoint`, and wait for it."""
@@ -164,12 +179,21 @@ class Learner:
         Raises:
             distributed.RanksDisagree: rank 0 is silent or gone.
         """
-        while not isinstance(command := commands.decode(self.ranks.broadcast_bytes(None)), commands.Stop):
-            if isinstance(command, commands.Train):
-                try:
-                    self.train(command.batch)
-                except (ProtocolError, Abandoned):  # rank 0 sees the same in the same batch, and decides
-                    continue
+        while True:
+            match commands.decode(self.ranks.broadcast_bytes(None)):
+                case commands.Train(batch):
+                    with contextlib.suppress(ProtocolError, Abandoned):  # rank 0 sees the same, and decides
+                        self.train(batch)
+                case commands.Snapshot():
+                    for _ in self._whole_weights():
+                        pass
+                case commands.Save(lineage):
+                    self.lineage = lineage
+                    self.begin_checkpoint()
+                case commands.Stop():
+                    return
+                case None:  # a keep-alive
+                    pass
 
     def close(self) -> None:
         """Finish a checkpoint that is being written, let the other ranks go and leave torch.distributed."""

@@ -107,13 +107,13 @@ def test_every_part_has_a_folder(ranks: Ranks, tmp_path: Path) -> None:
             assert torch.equal(parameter, model.get_parameter(key)), f"{name}: {key}"
     again = build_model(Model(path=str(path / "critic")), seed=0)
     restored = torch.optim.AdamW(again.parameters(), fused=True)
-    checkpoint.restore(path, [Part("critic", again, restored)])
+    checkpoint.restore(path, [Part("critic", again, restored)], ranks)
     for name, parameter in critic.named_parameters():
         kept, found = optimizer.state[parameter], restored.state[again.get_parameter(name)]
         assert kept.keys() == found.keys() and all(torch.equal(kept[key], found[key]) for key in kept), name
     (path / "critic" / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointCorrupt, match="critic"):
-        checkpoint.restore(path, [Part("critic", again, restored)])
+        checkpoint.restore(path, [Part("critic", again, restored)], ranks)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

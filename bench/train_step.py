@@ -1,0 +1,293 @@
+"""One whole training step (forward, loss, backward, clip, AdamW) of SmolLM2, on one core: useful tokens a CPU-second.
+
+    python bench/train_step.py [--rounds 3] [--write]      bench/results/train_step_smollm2.json
+    python bench/train_step.py --device cuda [--write]     bench/results/train_step_cuda.json, see train_step_cuda.py
+
+    ours         a composed batch through learner.trainer: packed, a group's prompt computed once
+    ours_alone   the same with every rollout carrying its own prompt
+    padded       transformers' model on right-padded rows, log-softmax of all logits, the same optimiser
+    trl          the loss of TRL 1.16's GRPOTrainer on the same rows, in an environment of its own (.venv-peers)
+
+Useful are the tokens of the rollouts, each with its prompt, whoever computes it how often; padding is not. Every arm
+runs in a process of its own, so that its peak memory is its own (VmHWM), and arms take turns, so that a busy machine
+disturbs all alike. Lengths of `ragged` are lognormal (sigma 0.8), as those of thinking are; `products` are those of
+recipes/products_smollm2.toml: prompt 50 of 75 tokens, groups of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "models" / "smollm2-135m-instruct"
+RESULT = ROOT / "bench" / "results" / "train_step_smollm2.json"
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+ARMS = ("ours", "ours_alone", "padded", "trl")
+DTYPES = ("float32", "bfloat16")
+VOCABULARY = 49152
+GROUP = 8
+
+Rollouts = list[tuple[int, np.ndarray, int]]
+"""(group, [L] int32 tokens, tokens of the prompt)"""
+
+
+def workload(name: str) -> Rollouts:
+    rng = np.random.default_rng(1)
+
+    def text(length: int) -> np.ndarray:
+        return rng.integers(10, VOCABULARY, length).astype(np.int32)
+
+    if name == "products":
+        rollouts: Rollouts = []
+        for group in range(2):
+            prompt = text(50)
+            for _ in range(GROUP):
+                rollouts.append((group, np.concatenate([prompt, text(int(rng.integers(15, 36)))]), 50))
+        return rollouts
+    lengths = np.clip(60 * rng.lognormal(0, 0.8, 16), 8, 480).astype(int)
+    return [(0, text(20 + int(length)), 20) for length in lengths]
+
+
+# --- the arms: each makes a function that trains one step -------------------------------------------------------------
+
+
+def ours(rollouts: Rollouts, dtype: str, *, shared: bool) -> Callable[[], float]:
+    from async_rl import config
+    from async_rl.learner import step as train_step
+    from async_rl.learner.trainer import Learner
+    from async_rl.wire.messages import MicroBatches, Sequence, TrainRollout, VersionSpan
+
+    run = config.Run(
+        steps=1000,
+        model=config.Model(path=str(MODEL)),
+        environment=config.Environment(name="sorting"),
+        algorithm=config.Algorithm(options={"guard": "none", "veto": None}),  # random tokens: nobody sampled them
+        learner=config.Learner(dtype=dtype),  # type: ignore[arg-type]
+        rollout=config.Rollout(max_new_tokens=512),
+    )
+    if not shared:
+        train_step.shares_prefixes = lambda device: False
+    learner = Learner(run, Path(tempfile.mkdtemp()))
+    message: list[TrainRollout] = []
+    for member, (group, tokens, prompt) in enumerate(rollouts):
+        logprobs = np.full(len(tokens), -np.log(VOCABULARY), np.float32)
+        spans = [VersionSpan(prompt, len(tokens), 0, 0)]
+        sequence = Sequence(tokens.tobytes(), logprobs.tobytes(), spans)
+        message.append(TrainRollout(group, member, float(member % 3), [sequence]))
+
+    def train() -> float:
+        step = learner.version
+        batch = MicroBatches(step, step, message, [[list(range(len(message)))]])
+        metrics = learner.train(batch)
+        assert not metrics["skipped"]
+        return metrics["loss"]
+
+    return train
+
+
+def padded_rows(rollouts: Rollouts) -> dict[str, Any]:
+    """[B, L] each, right-padded: tokens, attended, trained (a token, not its predictor)."""
+    import torch
+
+    longest = max(len(tokens) for _, tokens, _ in rollouts)
+    ids = torch.zeros(len(rollouts), longest, dtype=torch.int64)
+    attended, trained = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (_, tokens, prompt) in enumerate(rollouts):
+        ids[row, : len(tokens)], attended[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64)), 1
+        trained[row, prompt : len(tokens)] = 1
+    return {"ids": ids, "attended": attended, "trained": trained}
+
+
+def padded(rollouts: Rollouts, dtype: str) -> Callable[[], float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    rows = padded_rows(rollouts)
+    advantages = torch.tensor([float(member % 3) - 1 for member in range(len(rollouts))])
+    step = optimiser(model)
+
+    def train() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(rows["ids"], attention_mask=rows["attended"], use_cache=False).logits
+        logp = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, rows["ids"][:, 1:, None]).squeeze(2)
+        mask = rows["trained"][:, 1:]
+        loss = -((logp - logp.detach()).exp() * advantages[:, None] * mask).sum() / mask.sum()
+        return step(loss)
+
+    return train
+
+
+def trl(rollouts: Rollouts, dtype: str) -> Callable[[], float]:
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    count = len(rollouts)
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, per_device_train_batch_size=count, num_generations=GROUP,
+        bf16=dtype == "bfloat16", beta=0.0, loss_type="dapo", report_to=[], gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"}, max_completion_length=512,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        str(MODEL), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * count),
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.model.train()
+    prompts = max(prompt for _, _, prompt in rollouts)
+    rows = padded_rows(rollouts)
+    inputs = {
+        "prompt_ids": rows["ids"][:, :prompts], "prompt_mask": rows["attended"][:, :prompts],
+        "completion_ids": rows["ids"][:, prompts:], "completion_mask": rows["trained"][:, prompts:],
+        "advantages": torch.tensor([float(member % 3) - 1 for member in range(count)]),
+        "num_items_in_batch": rows["trained"].sum(),
+    }  # fmt: skip
+    step = optimiser(model)
+    return lambda: step(trainer._compute_loss(model, inputs))
+
+
+def optimiser(model: Any) -> Callable[[Any], float]:
+    import torch
+
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
+
+    def step(loss: Any) -> float:
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        return float(loss.detach())
+
+    return step
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
+    """In this process: CPU seconds of a step (median, after one that is not counted), peak memory."""
+    import torch
+
+    torch.set_num_threads(1)
+    rollouts = workload(load)
+    if arm.startswith("ours"):
+        train = ours(rollouts, dtype, shared=arm == "ours")
+    else:
+        train = padded(rollouts, dtype) if arm == "padded" else trl(rollouts, dtype)
+    train()
+    seconds: list[float] = []
+    for _ in range(steps):
+        started = time.process_time()
+        train()
+        seconds.append(time.process_time() - started)
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    useful = sum(len(tokens) for _, tokens, _ in rollouts)
+    return {"cpu_s": statistics.median(seconds), "useful_tokens": useful, "peak_gib": peak_kib / 2**20}
+
+
+def in_process(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
+    from async_rl.launch.local import MALLOC
+
+    python = str(PEERS) if arm == "trl" else sys.executable
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{key}={value}" for key, value in MALLOC.items())
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [python, __file__, "--arm", arm, "--workload", load, "--dtype", dtype, "--steps", str(steps)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{arm} {load} {dtype}:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_all(rounds: int, steps: int) -> list[dict[str, Any]]:
+    from losses import ensure_peers
+
+    ensure_peers()
+    cases = [(arm, load, dtype) for load in ("ragged", "products") for dtype in DTYPES for arm in ARMS]
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            found[case].append(in_process(*case, steps))
+            print(*case, found[case][-1], flush=True)
+    rows = []
+    for (arm, load, dtype), runs in found.items():
+        speeds = [run["useful_tokens"] / run["cpu_s"] for run in runs]
+        rows.append(
+            {
+                "workload": load,
+                "dtype": dtype,
+                "arm": arm,
+                "useful_tokens": runs[0]["useful_tokens"],
+                "tokens_per_cpu_s": round(statistics.median(speeds), 1),
+                "range": [round(min(speeds), 1), round(max(speeds), 1)],
+                "peak_gib": round(max(run["peak_gib"] for run in runs), 2),
+            }
+        )
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    speed = {(row["workload"], row["dtype"], row["arm"]): row["tokens_per_cpu_s"] for row in rows}
+    found: dict[str, float] = {}
+    for dtype in DTYPES:
+        for load in ("ragged", "products"):
+            for peer in ("padded", "trl"):
+                value = speed[load, dtype, "ours"] / speed[load, dtype, peer]
+                found[f"{load} {dtype}: ours / {peer}"] = round(value, 2)
+        value = speed["products", dtype, "ours"] / speed["products", dtype, "ours_alone"]
+        found[f"products {dtype}: ours / ours_alone"] = round(value, 2)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--workload", choices=("ragged", "products"))
+    parser.add_argument("--dtype", choices=DTYPES)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(measure(options.arm, options.workload, options.dtype, options.steps)))
+        return
+    if options.device == "cuda":
+        from train_step_cuda import main as on_cuda
+
+        on_cuda(write=options.write)
+        return
+    rows = measure_all(options.rounds, options.steps)
+    found = ratios(rows)
+    for row in rows:
+        print(f"{row['workload']:9} {row['dtype']:9} {row['arm']:11} {row['tokens_per_cpu_s']:7.1f} tokens/CPU-s"
+              f"  {row['peak_gib']:.2f} GiB")  # fmt: skip
+    for name, value in found.items():
+        print(f"{name:45} {value:.2f}")
+    if options.write:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        RESULT.write_text(json.dumps({
+            "machine": f"{platform.machine()}, one core", "commit": commit.stdout.strip(),
+            "date": datetime.now(UTC).date().isoformat(), "rounds": options.rounds, "steps": options.steps,
+            "rows": rows, "ratios": found,
+        }, indent=2) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
