@@ -344,8 +344,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     reference: Reference = Reference()
     critic: Critic = Critic()
     reward_model: RewardModel = RewardModel()
+    placement: Literal["separate", "colocated"] = "separate"
+    """separate: generators and learner each have a device and never wait for one. colocated: one generator and the
+    learner share one device in turns, each freeing it for the other (docs/colocated.md)."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl; each needs its package."""
+
+    @property
+    def colocated(self) -> bool:
+        return self.placement == "colocated"
 
     @property
     def synchronous(self) -> bool:
@@ -595,6 +602,8 @@ def _check(run: Run) -> None:
         run.controller.host,
         "only loopback for now: another address needs CURVE keys, which are not there yet",
     )
+    if run.colocated:
+        _check_colocated(run, demand)
 
 
 def _check_sglang(run: Run, demand: Callable[[bool, str, object, str], None]) -> None:
@@ -618,3 +627,17 @@ def _check_sglang(run: Run, demand: Callable[[bool, str, object, str], None]) ->
     for field in ("pause_s", "start_s", "stuck_s"):
         value = getattr(server, field)
         demand(value > 0, f"generator.sglang.{field}", value, "write seconds, above 0")
+
+
+def _check_colocated(run: Run, demand: Callable[[bool, str, object, str], None]) -> None:
+    """One device, one process at a time on it."""
+    reason = "with placement = 'colocated' one generator and one learner rank share a device: write"
+    for field, value, allowed in [
+        ("weights.transport", run.weights.transport.replace("auto", "shared_memory"), "shared_memory"),
+        ("generator.engine", run.generator.engine, "embedded"),
+        ("generator.count", run.generator.count, 1),
+        ("learner.ranks", run.learner.ranks, 1),
+        ("generator.device", run.generator.device, run.learner.device),
+    ]:
+        instead = f"{reason} {allowed}" + (", as learner.device" if field == "generator.device" else "")
+        demand(value == allowed, field, value, f"{instead}, or placement = 'separate'")

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.Heartbeat(ACTIVITY, m.WeightsId(0, 3)),
         m.WeightsLive(m.WeightsId(0, 3), 0.004),
         m.WeightsFailed(m.WeightsId(0, 4), "checksum differs"),
+        m.DeviceHeld(3, False, 0.25, 734003200),
     ],
     "controller_to_generator": [
         m.HelloAck("generator-0/4242"),
@@ -48,6 +49,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.WeightGroup(2, ["generator-0"], "127.0.0.1:29500"),
         m.Heartbeat(),
         m.Shutdown("the run is complete"),
+        m.DeviceTurn(3, False),
     ],
     "learner_to_controller": [
         m.Hello("learner", "learner", 4243, weights=m.WeightsId(0, 3), weights_store="127.0.0.1:29500"),
@@ -57,6 +59,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.WeightsAnnounce(m.WeightsId(0, 4), "http", "http://127.0.0.1:80", 436224, 1 << 63, token="t", changed=0.25),
         m.WeightsFailed(m.WeightsId(0, 4), "generator-1 did not come", ["generator-1"]),
         m.Heartbeat(ACTIVITY, m.WeightsId(0, 4)),
+        m.DeviceHeld(4, True, 0.5, 2147483648),
     ],
     "controller_to_learner": [
         m.HelloAck("learner", 1),
@@ -64,6 +67,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.WeightGroup(2, ["generator-0"], "127.0.0.1:29500"),
         m.Heartbeat(),
         m.Shutdown("the run ends", True),
+        m.DeviceTurn(4, True),
     ],
 }
 """One of every message a stream carries; in the golden frames each is a frame of run epoch 5."""

@@ -47,6 +47,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
         credit=run.credit_rollouts,
         timeout_s=run.environment.timeout_s,
         run_host=on_thread,
+        colocated=run.colocated,
     )
     parent.ready()
     try:

@@ -34,6 +34,7 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
         ("generator=5", "generator = 5: expected object, got int"),
         ("nonsense", "--set 'nonsense': write --set section.key=value"),
         ("steps.more=1", "--set 'steps.more=1': 'steps' is a value, not a section"),
+        ("placement=together", "placement = 'together': invalid enum value"),
         ("environment.timeout_s=nan", "environment.timeout_s = nan: write a number above 0"),
     ],
 )
@@ -41,6 +42,22 @@ def test_a_wrong_field_is_named(override: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         config.load(SORT, [override])
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("weights.transport=process_group", "weights.transport = 'process_group': with placement = 'colocated' one"),
+        ("generator.count=2", "generator.count = 2: with placement = 'colocated' one generator and one learner rank"),
+        ("learner.ranks=2", "learner.ranks = 2: with placement = 'colocated' one generator and one learner rank"),
+        ("learner.device=cuda:1", "generator.device = 'auto': with placement = 'colocated' one generator and one"),
+    ],
+)
+def test_what_does_not_fit_on_one_device_is_named(override: str, says: str) -> None:
+    assert config.load(SORT, ["placement=colocated"]).colocated and not config.load(SORT, [override]).colocated
+    with pytest.raises(UserError) as caught:
+        config.load(SORT, ["placement=colocated", override])
+    assert str(caught.value).startswith(says) and str(caught.value).endswith(", or placement = 'separate'")
 
 
 def test_a_missing_model_directory_is_named(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from typing import TypeVar
 import msgspec
 
 from async_rl.config import Run
+from async_rl.controller.colocation import Colocation
 from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
 from async_rl.controller.fast_lane import FastLane
 from async_rl.controller.generators import Generators, Peer
 from async_rl.controller.watchdog import Watchdog
 from async_rl.controller.weight_routes import WeightRoutes
-from async_rl.errors import UserError
+from async_rl.errors import ProtocolError, UserError
 from async_rl.ledger.ledger import Group, Ledger
 from async_rl.ledger.states import State
 from async_rl.staleness.admission import min_version
@@ -42,6 +43,7 @@ from async_rl.wire.messages import (
     Cancel,
     CheckpointSaved,
     Credit,
+    DeviceHeld,
     Failed,
     Finished,
     GeneratorMessage,
@@ -50,6 +52,7 @@ from async_rl.wire.messages import (
     Hello,
     HelloAck,
     LearnerMessage,
+    MicroBatches,
     Positions,
     Sampling,
     Segment,
@@ -145,6 +148,8 @@ class Controller:
         self._trained = asyncio.Event()
         self._checkpointed = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._turns = self._colocation() if run.colocated else None
+        """Of generator and learner on one device; None: each has its own."""
         self._open = False
         """Training has begun: admission and composition may proceed."""
         self._closing = False
@@ -171,6 +176,8 @@ class Controller:
                 tasks.create_task(self._serve(self._training, self._from_learner), name="training stream"),
                 tasks.create_task(self._commit_forever(), name="commits"),
             ]
+            if self._turns is not None:
+                background.append(tasks.create_task(self._turns.watch(), name="turns"))
             training = tasks.create_task(self._train_to_the_end(), name="training")
             stopping = tasks.create_task(self._stopped.wait(), name="stop")
             await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -203,6 +210,7 @@ class Controller:
             ],
             "fast_lane": self._lane.peer and self._lane.peer.name,
             "learner": self._learner is not None,
+            "turn": None if self._turns is None else self._turns.turn.value,
             "may_run": None if self._composer.room == float("inf") else round(self._composer.room),
             "pending": self._pending(),
             "busy": self._usage.busy(),
@@ -283,6 +291,8 @@ class Controller:
         """Nobody is declared gone and nothing pending is named from now on."""
         self._watchdog.stop()
         self._generators.close()
+        if self._turns is not None:
+            self._turns.close()
 
     async def _wait(self, event: asyncio.Event, timeout_s: float, missing: Callable[[], str]) -> None:
         try:
@@ -305,6 +315,8 @@ class Controller:
             self._admit()
             self._compose()
             self._lane.advance()
+            if self._turns is not None:
+                self._turns.composed_all()
         self._generators.dispatch()
 
     def _admit(self) -> None:
@@ -373,7 +385,7 @@ class Controller:
     def _compose(self) -> None:
         """Answer the learner's request, if that is possible now."""
         step = self._requested
-        if step is None or step >= self.run_config.steps:
+        if step is None or step >= self.run_config.steps or not self._may_compose():
             return
         batch = self._composer.compose(step)
         if batch is None:
@@ -385,8 +397,31 @@ class Controller:
         if self._usage.started is None:
             self._usage.start(self._loop.time())
             self._ask_everyone()
-        self._when_committed(lambda: self._send_learner(batch.message))
+        if self._turns is not None:
+            self._turns.composed()
+        self._when_committed(lambda: self._deliver(batch.message))
         self._admit()
+
+    def _deliver(self, batch: MicroBatches) -> None:
+        if self._turns is None:
+            self._send_learner(batch)
+        elif self._learner is not None:
+            self._turns.committed(batch)
+
+    # --- one device in turns ----------------------------------------------------------------------------------
+
+    def _colocation(self) -> Colocation:
+        return Colocation(
+            to_generator=self._generators.broadcast,
+            to_learner=self._send_learner,
+            version=lambda: self.version,
+            generator_there=lambda: bool(self._generators.peers),
+        )
+
+    def _may_compose(self) -> bool:
+        """On a shared device a batch ends the generator's turn: not before an evaluation, which is of one version, has
+        ended in it."""
+        return self._turns is None or (self._turns.may_compose and self._evaluations.progress[1] == 0)
 
     # --- commits ----------------------------------------------------------------------------------------------
 
@@ -464,6 +499,8 @@ class Controller:
                 self._lane.changed()
             case Segment(group_id, member):
                 self._segment(peer, message)
+            case DeviceHeld():
+                self._device_held("generator", message)
 
     def _failed(self, failed: Failed) -> None:
         self.journal.failed(failed.group_id, failed.member, failed.reason, failed.traceback)
@@ -522,6 +559,8 @@ class Controller:
         if first is not None:
             self._rollouts.send(peer_id, first)
         self._regroup()
+        if self._turns is not None:
+            self._turns.generator_came()
 
     def _generator_gone(self, name: str) -> None:
         self.journal.say(f"{name} is silent: what it held is leased again")
@@ -554,6 +593,8 @@ class Controller:
             self._changed.append(announce.changed)
         for peer in self._routes.announced(announce, self._generators.peers.values()):
             self._rollouts.send(peer.id, announce)
+        if self._turns is not None and announce.transport == "shared_memory":
+            self._turns.weights_announced(announce.weights.version)
 
     # --- training stream --------------------------------------------------------------------------------------
 
@@ -585,6 +626,8 @@ class Controller:
             case Heartbeat(activity):
                 if activity is not None:
                     self._usage.read("learner", activity)
+            case DeviceHeld():
+                self._device_held("learner", message)
 
     def _learner_hello(self, peer_id: str, hello: Hello) -> None:
         version = hello.weights.version if hello.weights is not None else 0
@@ -602,6 +645,8 @@ class Controller:
             self._learner = peer_id
             self._training.send(peer_id, HelloAck("learner", lineage))
             self._regroup()
+            if self._turns is not None:
+                self._turns.learner_came()
 
         self._when_committed(welcome)
         if version >= self.run_config.steps:
@@ -621,8 +666,15 @@ class Controller:
         if version > known.checkpoint:
             self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
 
+    def _device_held(self, role: str, held: DeviceHeld) -> None:
+        if self._turns is None:
+            raise ProtocolError(f"a {role} answered DeviceTurn {held.number}, but placement is 'separate'")
+        self._turns.answered(role, held)
+
     def _step_done(self, done: StepDone) -> None:
         self.version = done.step + 1
+        if self._turns is not None:
+            self._turns.step_done()
         if self._open:  # generators wait for this: the rest of the step's books comes after
             self._admit()
             self._generators.dispatch()
@@ -668,6 +720,7 @@ class Controller:
             **({} if self._length_report is None else {"length": self._length_report}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],
+            **({} if self._turns is None else {"turns": self._turns.take_row()}),
         }
 
     # --- readings ---------------------------------------------------------------------------------------------
@@ -738,4 +791,5 @@ class Controller:
         if self._learner is None:
             learner = "is not there"
         ready = f"{self.ledger.available} of {self.run_config.step_rollouts} slots are ready"
-        return [*lines, ready, f"the learner {learner}"]
+        turn = [] if self._turns is None else [self._turns.said]
+        return [*lines, ready, f"the learner {learner}", *turn]

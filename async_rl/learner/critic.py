@@ -37,7 +37,8 @@ class Critic:
             source = Model(path=str(checkpoint / NAME))
         dtype = run.learner.dtype
         self.module = PackedScalar.load(source, seed=run.seed, head="zero", dtype=dtype, field=field)
-        self.module.to(ranks.device)
+        if not run.colocated:  # else it starts off the device
+            self.module.to(ranks.device)
         self.optimisation = Optimisation(self.module.parameters(), run.critic.optimizer, run.steps, ranks)
         self._config, self._ranks = run.critic, ranks
 

@@ -24,14 +24,18 @@ class Frozen:
         dtype: str,
         offload: bool = False,
         precise: Collection[nn.Module] = (),
+        colocated: bool = False,
     ) -> None:
         """dtype: of the matrix products. offload: keep the weights in host memory between uses of a GPU. precise: parts
-        that stay in fp32 whatever the dtype."""
+        that stay in fp32 whatever the dtype. colocated: it starts off the device, and learner.offload moves it."""
         module.requires_grad_(False)
         if dtype == "bfloat16":
             _lower_matrices(module, precise)
         self.module, self._device = module, device
         self._parked = offload and device.type == "cuda"
+        self.moves_with_turns = colocated and not self._parked
+        if self.moves_with_turns:
+            return
         if self._parked:
             for parameter in module.parameters():
                 parameter.data = parameter.data.cpu().pin_memory()

@@ -35,6 +35,10 @@ class Gradients(Protocol):
 
     def scale(self, factor: float) -> None: ...
 
+    def release(self) -> None:
+        """Hold no memory until the next `zero`."""
+        ...
+
 
 def gradients_of(parameters: Iterable[nn.Parameter], ranks: Ranks) -> Gradients:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -52,17 +56,30 @@ class FlatGradients:
 
     def __init__(self, parameters: list[nn.Parameter], ranks: Ranks) -> None:
         self._parameters, self._ranks = parameters, ranks
-        first = parameters[0]
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        parts = zip(self.flat.split(sizes), parameters, strict=True)
-        self._views = [part.view(parameter.shape) for part, parameter in parts]
+        self.flat = torch.empty(0)
+        self._views: list[Tensor] = []
 
     def zero(self) -> None:
         """Also puts every `.grad` in place again should someone have replaced it."""
-        self.flat.zero_()
+        if self._views:
+            self.flat.zero_()
+        else:
+            self._allocate()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
+
+    def release(self) -> None:
+        self.flat, self._views = torch.empty(0), []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _allocate(self) -> None:
+        """Where the parameters are now."""
+        first = self._parameters[0]
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        parts = zip(self.flat.split(sizes), self._parameters, strict=True)
+        self._views = [part.view(parameter.shape) for part, parameter in parts]
 
     def reduce(self) -> None:
         for bucket in self.flat.split(BUCKET_ELEMENTS):
@@ -101,6 +118,9 @@ class ShardedGradients:
     def scale(self, factor: float) -> None:
         for part in self._parts():
             part.mul_(factor)
+
+    def release(self) -> None:
+        self.zero()
 
     def _parts(self) -> list[Tensor]:
         """A tensor of few rows may have none here."""

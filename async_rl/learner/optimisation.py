@@ -90,6 +90,10 @@ class Optimisation:
             fused=True,
         )
 
+    def release_gradients(self) -> None:
+        """Between two steps: free their memory until the next one."""
+        self._gradients.release()
+
     def accumulate(
         self, losses: Sequence[Loss], abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
     ) -> Totals:

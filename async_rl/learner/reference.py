@@ -38,7 +38,13 @@ class ReferencePolicy:
             source = Model(path=str(checkpoint / NAME))
         self.model = build_model(source, seed=run.seed, field=field)
         self._policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
-        self._frozen = Frozen(self._policy, ranks.device, dtype=run.learner.dtype, offload=run.reference.offload)
+        self.frozen = Frozen(
+            self._policy,
+            ranks.device,
+            dtype=run.learner.dtype,
+            offload=run.reference.offload,
+            colocated=run.colocated,
+        )
         self._ranks = ranks
 
     @property
@@ -48,7 +54,7 @@ class ReferencePolicy:
 
     def logprobs(self, step: StepBatch, abandon: Callable[[], bool]) -> Tensor:
         """[A] float32, 0 where a token is not trained on."""
-        with self._frozen.at_work():
+        with self.frozen.at_work():
             return over_step(lambda tokens: self._policy(tokens).logp_K, step, self._ranks, abandon)
 
     @torch.no_grad()

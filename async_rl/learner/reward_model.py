@@ -41,12 +41,13 @@ class RewardModel:
                 "write a reward model that was trained with the policy's"
             )
         self.module = PackedScalar.load(source, seed=run.seed, dtype=run.learner.dtype, field=field)
-        self._frozen = Frozen(
+        self.frozen = Frozen(
             self.module,
             ranks.device,
             dtype=run.learner.dtype,
             offload=run.reward_model.offload,
             precise=(self.module.head,),
+            colocated=run.colocated,
         )
         self._config, self._ranks = run.reward_model, ranks
 
@@ -55,7 +56,7 @@ class RewardModel:
 
         A member of a baseline that is not in the step has no score: it leaves the baseline (NaN).
         """
-        with self._frozen.at_work():
+        with self.frozen.at_work():
             scores_N = self._scores(step, abandon).numpy()
         rewards_N = np.float32(self._config.weight) * scores_N
         if not self._config.replaces:

@@ -25,6 +25,7 @@ from async_rl.learner.batch import StepBatch
 from async_rl.learner.critic import Critic
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import CriticEstimates, critic_estimates, group_advantages, kl_penalty
+from async_rl.learner.offload import Resident
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.reference import ReferencePolicy
 from async_rl.learner.reward_model import RewardModel
@@ -65,6 +66,12 @@ class Roles:
         if self.reference is not None and self.reference.changes:
             parts.append(Part(reference.NAME, self.reference.model))
         return parts
+
+    def residents(self) -> list[Resident]:
+        """What is on the device between two steps, where that is shared (learner.offload)."""
+        found = [] if self.critic is None else [Resident(self.critic.module, self.critic.optimisation)]
+        frozen = [one.frozen for one in (self.reference, self.reward_model) if one is not None]
+        return found + [Resident(one.module) for one in frozen if one.moves_with_turns]
 
     def rewarded(self, step: StepBatch, abandon: Callable[[], bool]) -> tuple[StepBatch, dict[str, float]]:
         """The step with the rewards it is trained on, and metrics. Raises Abandoned."""

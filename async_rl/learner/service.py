@@ -22,6 +22,8 @@ from async_rl.weights.machine import machine
 from async_rl.wire.messages import (
     BatchRequest,
     CheckpointSaved,
+    DeviceHeld,
+    DeviceTurn,
     Heartbeat,
     Hello,
     HelloAck,
@@ -55,6 +57,8 @@ class LearnerService:
 
     The batch of step k + 1 is asked for when the last micro-batch of step k begins: late, so that it is composed of the
     newest rollouts, and early enough to have arrived when step k ends.
+
+    Colocated with a generator it starts off the device, and takes and leaves it when it is told to, between two steps.
     """
 
     def __init__(
@@ -67,7 +71,9 @@ class LearnerService:
         self._config, self._learner, self._publisher, self._transport = run, learner, publisher, transport
         self._loop = asyncio.get_running_loop()
         self._tracker = Tracker("start")
-        self._batches: asyncio.Queue[MicroBatches] = asyncio.Queue()
+        self._orders: asyncio.Queue[MicroBatches | DeviceTurn] = asyncio.Queue()
+        self._rests_in = "off_device" if run.colocated else "wait_batch"
+        """The cause of its time while it has nothing to do."""
         self._requested = -1
         """The last step whose batch was asked for."""
         self._welcome: asyncio.Future[HelloAck] = self._loop.create_future()
@@ -104,7 +110,10 @@ class LearnerService:
 
     async def _train_until_shutdown(self) -> None:
         self._request(self._learner.version)
-        while (batch := await self._next_batch()) is not None:
+        while (batch := await self._next_order()) is not None:
+            if isinstance(batch, DeviceTurn):
+                await self._take_turn(batch)
+                continue
             try:
                 metrics = await self._in_thread("train_step", lambda batch=batch: self._train(batch))
             except Abandoned:
@@ -128,10 +137,18 @@ class LearnerService:
 
         return self._learner.train(batch, self._stopping.is_set, ask_for_next)
 
-    async def _next_batch(self) -> MicroBatches | None:
+    async def _take_turn(self, turn: DeviceTurn) -> None:
+        started = self._loop.time()
+        offload = self._learner.offload
+        nbytes = await self._in_thread("device_turn", offload.enter if turn.hold else offload.leave)
+        self._rests_in = "wait_batch" if turn.hold else "off_device"
+        self._tracker.switch(self._rests_in)
+        self._transport.send(DeviceHeld(turn.number, turn.hold, self._loop.time() - started, nbytes))
+
+    async def _next_order(self) -> MicroBatches | DeviceTurn | None:
         """None: the controller said Shutdown."""
-        self._tracker.switch("wait_batch")
-        getting = asyncio.ensure_future(self._batches.get())
+        self._tracker.switch(self._rests_in)
+        getting = asyncio.ensure_future(self._orders.get())
         try:
             while True:
                 done, _ = await asyncio.wait(
@@ -195,8 +212,8 @@ class LearnerService:
                 match message:
                     case HelloAck():
                         self._welcome.set_result(message)
-                    case MicroBatches():
-                        self._batches.put_nowait(message)
+                    case MicroBatches() | DeviceTurn():
+                        self._orders.put_nowait(message)
                     case WeightGroup():
                         self._publisher.regroup(message)
                     case Heartbeat():

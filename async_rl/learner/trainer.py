@@ -32,6 +32,7 @@ from async_rl.learner.batch import flatten
 from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.memory import Holdings, holdings
+from async_rl.learner.offload import Offload, Resident
 from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.roles import Roles
@@ -82,7 +83,7 @@ class Learner:
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
         if self._sharded:
             policy.shard(self.ranks)
-        else:
+        elif not run.colocated:  # else it starts off the device
             self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
         self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
         objective, resumed = build_objective(run.algorithm), None if found is None else found[0]
@@ -91,6 +92,8 @@ class Learner:
             self.roles = Roles(run, objective, self.ranks, self.tokenizer, resumed)
         self.parts = [Part("", self.model, self._optimisation.optimizer), *self.roles.parts()]
         """What checkpoints hold."""
+        self.offload = Offload([Resident(policy, self._optimisation), *self.roles.residents()], self.ranks.device)
+        """For who shares the device with a generator."""
         self._step = TrainStep(run, policy, self._optimisation, objective, self.ranks, self.roles)
         if found is None:
             torch.manual_seed(run.seed)

@@ -26,8 +26,8 @@ def trim_heap() -> None:
 
 def held(device: torch.device) -> int:
     """Bytes of the device that this process holds: of a GPU what torch has reserved (the CUDA context, a few hundred
-    MB, is not in it), of the CPU the resident set."""
+    MB, is not in it), of the CPU the resident set without pages that are a file's."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

@@ -62,7 +62,8 @@ class EpisodeHost:
         self.text = text
         self.tracker = Tracker("wait_lease", clock=clock)
         """hand_over: a request is on its way to the engine, in it, or back. environment: episodes run, none waits for
-        the engine. wait_weights: leases wait for newer weights. wait_lease: nothing to do, admission is closed."""
+        the engine. wait_weights: leases wait for newer weights. wait_lease: nothing to do, admission is closed.
+        Whatever else there is: off_device, device_turn, as `share_device` says."""
         self.sampled_tokens = 0
         self._environment, self._engine = environment, engine
         self._timeout_s, self._started, self._report, self._persist = timeout_s, started, report, persist
@@ -74,6 +75,7 @@ class EpisodeHost:
         self._ended: dict[int, tuple[GroupLease, list[RolloutResult], list[Failed]]] = {}
         self._segments: list[Segment] = []
         self._held = False
+        self._device: str | None = None
         self._request_id = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._closing = asyncio.Event()
@@ -122,6 +124,12 @@ class EpisodeHost:
     def hold(self, waiting: bool) -> None:
         """Whether leases wait for newer weights; only for the attribution of idle time."""
         self._held = waiting
+        self._attribute()
+
+    def share_device(self, cause: str | None) -> None:
+        """off_device: another process has the engine's device. device_turn: the engine takes or leaves it. None: it is
+        the engine's. Only for the attribution of time."""
+        self._device = cause
         self._attribute()
 
     def positions(self, swap: Swap) -> list[tuple[int, int, int]]:
@@ -282,7 +290,9 @@ class EpisodeHost:
         self._attribute()
 
     def _attribute(self) -> None:
-        if self._waiting:
+        if self._device is not None:
+            cause = self._device
+        elif self._waiting:
             cause = "hand_over"
         elif self._episodes:
             cause = "environment"

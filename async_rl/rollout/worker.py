@@ -14,6 +14,7 @@ import msgspec
 from async_rl.engines.protocol import Engine, Snapshot, Swap
 from async_rl.environments.api import Environment
 from async_rl.errors import AsyncRLError, ProtocolError
+from async_rl.rollout.device_turns import DeviceTurns
 from async_rl.rollout.host import EpisodeHost
 from async_rl.rollout.policy import Text
 from async_rl.telemetry.activity import process_cpu_s
@@ -24,6 +25,8 @@ from async_rl.wire.messages import (
     Activity,
     Cancel,
     Credit,
+    DeviceHeld,
+    DeviceTurn,
     Failed,
     Finished,
     GeneratorMessage,
@@ -82,6 +85,7 @@ class RolloutWorker:
         timeout_s: an episode without progress for so long is failed; a host that does not answer for so long ends
             this process.
         run_host: how the host runs; returns when it is closed, raises what it raises.
+        colocated: the engine shares its device with the learner, and starts off it.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class RolloutWorker:
         credit: int,
         timeout_s: float,
         run_host: HostRunner,
+        colocated: bool = False,
     ) -> None:
         self._name, self._transport, self._engine, self._receiver = name, transport, engine, receiver
         self._credit, self._run_host = credit, run_host
@@ -123,6 +128,15 @@ class RolloutWorker:
         """Rollouts that were finished, failed, cancelled or yielded."""
         self._newest: WeightsAnnounce | None = None
         self._loading = asyncio.Lock()
+        self._loaded: WeightsAnnounce | None = None
+        """Of the weights that were live last."""
+        self._turns = DeviceTurns(
+            colocated,
+            engine,
+            take=self._take_newest,
+            share=lambda cause: self.host_call(self.host.share_device, cause),
+            answer=self._answer_turn,
+        )
         self._background: set[asyncio.Task[None]] = set()
         self._welcomed: asyncio.Future[float] = self._loop.create_future()
         """The heartbeat interval, once the controller has answered the Hello."""
@@ -183,6 +197,8 @@ class RolloutWorker:
 
     async def _serve(self) -> None:
         await self._host_started.wait()
+        if not self._turns.on_device:
+            self.host_call(self.host.share_device, "off_device")
         while self.shutdown is None:
             for message in await self._transport.receive():
                 self._handle(message)
@@ -207,7 +223,10 @@ class RolloutWorker:
                 self.host_call(self.host.hand_back, group_id, members)
             case WeightsAnnounce():
                 self._newest = message
-                self._in_background(self._take_weights(message))
+                if self._turns.on_device:
+                    self._in_background(self._take_weights(message))
+            case DeviceTurn():
+                self._in_background(self._turns.obey(message))
             case WeightGroup():
                 self._in_background(self._regroup(message))
             case Heartbeat():
@@ -237,22 +256,49 @@ class RolloutWorker:
         try:
             snapshot = await self._receiver.fetch(announce)
             async with self._loading:
-                if self._holds(snapshot.weights):
-                    return  # newer ones came another way
+                if not self._turns.on_device or self._holds(snapshot.weights):
+                    return  # they are taken with the device; newer ones came another way
                 swap = await self._engine.load_weights(snapshot)
+                self._loaded = announce
                 self._transport.send(WeightsLive(snapshot.weights, swap.stall_s))
                 self.host_call(self._tell_positions, snapshot.weights, swap)
+                self._turns.live(swap)
         except WeightsGone:
             return  # newer ones are on their way
         except (WeightsError, ValueError) as error:
             log.warning("weights %s did not arrive: %s", announce.weights, error)
             self._transport.send(WeightsFailed(announce.weights, str(error)))
+            if self._turns.comes_back:
+                await self._take_former()
             return
         self._release()
 
+    async def _take_newest(self) -> None:
+        if self._newest is not None:
+            await self._take_weights(self._newest)
+
+    async def _take_former(self) -> None:
+        """An engine that comes back to its device, and does not get the newest weights, goes on with those it had."""
+        if self._loaded is None:
+            return
+        try:
+            snapshot = await self._receiver.fetch(self._loaded)
+            async with self._loading:
+                if self._turns.comes_back:
+                    self._turns.live(await self._engine.load_weights(snapshot))
+        except (WeightsError, ValueError) as error:
+            log.warning("nor did weights %s: %s", self._loaded.weights, error)
+
+    def _answer_turn(self, swap: Swap, held: DeviceHeld) -> None:
+        """After the positions: the controller may compose as soon as it knows."""
+        weights = self._engine.weights
+        if not held.held and weights is not None:
+            self.host_call(self._tell_positions, weights, swap)
+        self.host_call(self._from_host, self._transport.send, held)
+
     def _holds(self, weights: WeightsId) -> bool:
         """These, or newer ones."""
-        live = self._engine.weights
+        live = None if self._turns.comes_back else self._engine.weights
         return live is not None and live >= weights
 
     def _tell_positions(self, weights: WeightsId, swap: Swap) -> None:

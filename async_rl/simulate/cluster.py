@@ -132,7 +132,8 @@ async def simulate(
         training=training,
         journal=journal,
     )
-    learner = FakeLearner(training.connect(), steps=run.steps, step_time=step_time)
+    share = _unwatched if run.colocated else None
+    learner = FakeLearner(training.connect(), steps=run.steps, step_time=step_time, share=share)
     environment = Environment("simulated", length_is_reward, NumberedTasks)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(controller.run(), name="controller")
@@ -148,6 +149,11 @@ async def simulate(
                 credit=run.credit_rollouts,
                 timeout_s=run.environment.timeout_s,
                 run_host=inline,
+                colocated=run.colocated,
             )
             tasks.create_task(worker.run(), name=f"generator-{index}")
     return Outcome(running.result(), asyncio.get_running_loop().time(), journal, learner.batches, store)
+
+
+def _unwatched(takes: bool) -> None:
+    """Nobody looks who is on the shared device."""

@@ -28,6 +28,8 @@ from async_rl.wire.messages import (
     Activity,
     Cancel,
     Credit,
+    DeviceHeld,
+    DeviceTurn,
     Finished,
     FinishReason,
     GeneratorMessage,
@@ -115,6 +117,8 @@ class Row:
 class Swap(NamedTuple):
     clock: float
     weights: WeightsId
+    recomputed: bool
+    """The engine came back to its device: the KV cache is all of these weights."""
 
 
 class FakeGenerator:
@@ -125,6 +129,8 @@ class FakeGenerator:
         beat_s: seconds of silence before a heartbeat; default: what the controller asks for.
         draw: lengths and rewards of a group's members.
         log: what all generators of a simulation write down.
+        share: of an engine that shares its device: called with True when it begins to take it, False when it has left.
+        turn_s: seconds that leaving the device takes.
     """
 
     def __init__(
@@ -137,6 +143,8 @@ class FakeGenerator:
         draw: Callable[[int], GroupDraw],
         beat_s: float | None = None,
         log: RolloutLog | None = None,
+        share: Callable[[bool], None] | None = None,
+        turn_s: float = 0.0,
     ) -> None:
         self.name, self.trace = name, GeneratorTrace()
         self.shutdown: Shutdown | None = None
@@ -164,6 +172,9 @@ class FakeGenerator:
         self._prefill_s = 0.0
         """How long it has to stand still yet to compute what came from elsewhere."""
         self._newest: WeightsId | None = None
+        self._share, self._turn_s, self._on_device = share, turn_s, share is None
+        self._turn: DeviceTurn | None = None
+        """The order to take or leave the device that is not carried out yet."""
         self._timer: asyncio.TimerHandle | None = None
         self._others: dict[str, asyncio.TimerHandle] = {}
         """Heartbeat and weight update."""
@@ -235,6 +246,12 @@ class FakeGenerator:
             case WeightsAnnounce(weights):
                 self._newest = weights
                 self._swap_if_newer()
+            case DeviceTurn(hold=hold):
+                self._turn = message
+                if hold:
+                    self._take_device()
+                elif self._loading is None:
+                    self._leave_device()
             case Heartbeat():
                 self._send(Heartbeat(self._activity(), self.weights))
             case HelloAck(heartbeat_s=heartbeat_s):
@@ -288,9 +305,9 @@ class FakeGenerator:
     # --- weights ----------------------------------------------------------------------------------------------
 
     def _swap_if_newer(self) -> None:
-        if self._loading is not None or self._newest is None:
+        if self._loading is not None or self._newest is None or not self._on_device:
             return
-        if self._newest == self.weights:  # said again after our Hello
+        if self._newest == self.weights and self._turn is None:  # said again after our Hello
             self._send(WeightsLive(self._newest, 0.0))
             return
         self._loading = self._newest
@@ -301,15 +318,41 @@ class FakeGenerator:
         self._bring_forward()
         assert self._loading is not None
         loaded, self._loading = self._loading, None
-        self._swaps.append(Swap(self._clock, loaded))
+        returns = self._turn is not None and self._turn.hold
+        self._swaps.append(Swap(self._clock, loaded, returns))
         self._send(WeightsLive(loaded, self._model.pause_s))
         self._send(Positions(loaded, self._positions()))
+        if self._turn is not None:
+            if returns:
+                self._answer_turn(self._turn)
+            else:
+                self._leave_device()
         held, self._held = self._held, []
         for lease in held:
             self._take(lease)
         if self._newest != loaded:
             self._swap_if_newer()
         self._carry_on()
+
+    def _take_device(self) -> None:
+        assert self._share is not None
+        self._share(True)
+        self._on_device = True
+        self._swap_if_newer()
+
+    def _leave_device(self) -> None:
+        """It stands still at once; what is sampled stays."""
+        assert self._turn is not None and self.weights is not None
+        turn, self._on_device = self._turn, False
+        self._send(Positions(self.weights, self._positions()))
+        self._others["leave"] = self._loop.call_later(self._turn_s, self._answer_turn, turn)
+
+    def _answer_turn(self, turn: DeviceTurn) -> None:
+        self._turn = None
+        if not turn.hold:
+            assert self._share is not None
+            self._share(False)
+        self._send(DeviceHeld(turn.number, turn.hold, self._model.pause_s if turn.hold else self._turn_s))
 
     def _positions(self) -> list[tuple[int, int, int]]:
         """What unfinished training rollouts have sampled so far."""
@@ -330,7 +373,7 @@ class FakeGenerator:
     def _bring_forward(self) -> None:
         """The clock to now."""
         now = self._loop.time()
-        if self._rows and self._loading is None:
+        if self._rows and self._loading is None and self._on_device:
             stood = min(self._prefill_s, now - self._at)
             self._prefill_s -= stood
             tokens = (now - self._at - stood) / self._token_s
@@ -346,7 +389,7 @@ class FakeGenerator:
     def _carry_on(self) -> None:
         """Whatever the clock and the last messages brought: what is due, free slots, the next timer."""
         due, clock = self._due, self._clock + ROUNDING
-        if self._loading is None:
+        if self._loading is None and self._on_device:
             ended: list[Row] = []
             while due and (due[0][0] <= clock or due[0][2].gone):
                 row = heapq.heappop(due)[2]
@@ -362,7 +405,7 @@ class FakeGenerator:
 
     def _fill(self) -> None:
         rows, waiting = self._rows, self._waiting
-        if self._swaps:
+        if self._swaps and self._on_device:
             while waiting and len(rows) < self._model.slots:
                 key = next(iter(waiting))
                 row = rows[key] = waiting.pop(key)
@@ -384,7 +427,9 @@ class FakeGenerator:
             trace.times.append(self._at)
             trace.running.append(running)
             self._token_s = self._model.step_s + self._model.sequence_s * running
-        if self._loading is not None:
+        if not self._on_device:
+            cause, at = "off_device", None
+        elif self._loading is not None:
             cause, at = "weight_swap", None
         elif running:
             cause = "engine_step"
@@ -434,7 +479,7 @@ class FakeGenerator:
         swaps, index = self._swaps, row.swap
         first = version = swaps[index].weights.version
         spans: list[VersionSpan] = []
-        for clock, weights in swaps[index + 1 :]:
+        for clock, weights, recomputed in swaps[index + 1 :]:
             cut = row.start + int(clock - row.since + 0.5)
             if cut >= end:
                 break
@@ -442,6 +487,7 @@ class FakeGenerator:
                 spans.append(VersionSpan(begin, cut, version, first))
                 begin = cut
             version = weights.version
+            first = version if recomputed else first
         spans.append(VersionSpan(begin, end, version, first))
         return spans
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeAlias
 
 from async_rl.simulate.records import StepDigest, digest
 from async_rl.telemetry.activity import Tracker
@@ -11,6 +12,8 @@ from async_rl.wire.messages import (
     Activity,
     BatchRequest,
     CheckpointSaved,
+    DeviceHeld,
+    DeviceTurn,
     Heartbeat,
     Hello,
     HelloAck,
@@ -24,6 +27,9 @@ from async_rl.wire.messages import (
 )
 from async_rl.wire.transport import Client
 
+Order: TypeAlias = tuple[MicroBatches, StepDigest] | DeviceTurn
+Orders: TypeAlias = asyncio.Queue[Order]
+
 
 class FakeLearner:
     """Speaks the protocol of learner.service; a step takes `step_time(batch)` seconds of the loop's clock.
@@ -36,6 +42,8 @@ class FakeLearner:
         checkpoint_every: steps between two checkpoints; 0 = only at the end.
         keep: hold the batches themselves in `batches`, for tests.
         on_step: called with the step when it is done.
+        share: of a learner that shares its device: called with True when it begins to take it, False when it has left.
+        turn_s: seconds that taking or leaving the device takes.
 
     `steps` has a digest of every batch.
     """
@@ -52,12 +60,16 @@ class FakeLearner:
         checkpoint_every: int = 0,
         keep: bool = True,
         on_step: Callable[[int], None] | None = None,
+        share: Callable[[bool], None] | None = None,
+        turn_s: float = 0.0,
     ) -> None:
         self.batches: list[MicroBatches] = []
         self.steps: list[StepDigest] = []
         self.version = version
         self._loop = asyncio.get_running_loop()
-        self.tracker = Tracker("wait_batch", clock=self._loop.time)
+        self._share, self._turn_s = share, turn_s
+        self._rests_in = "wait_batch" if share is None else "off_device"
+        self.tracker = Tracker(self._rests_in, clock=self._loop.time)
         self._transport, self._num_steps, self._step_time = transport, steps, step_time
         self._request_at, self._joined, self._checkpoint_every, self._keep = request_at, joined, checkpoint_every, keep
         self._on_step = on_step
@@ -67,7 +79,7 @@ class FakeLearner:
     async def run(self) -> None:
         """Until Shutdown."""
         self._transport.send(Hello("learner", "learner", 0, weights=WeightsId(0, self.version)))
-        queue: asyncio.Queue[tuple[MicroBatches, StepDigest]] = asyncio.Queue()
+        queue: Orders = asyncio.Queue()
         async with asyncio.TaskGroup() as tasks:
             training = tasks.create_task(self._train(queue))
             ended = False
@@ -80,6 +92,8 @@ class FakeLearner:
                             self._request(self.version)
                         case MicroBatches():
                             queue.put_nowait((message, digest(message, self._loop.time())))
+                        case DeviceTurn():
+                            queue.put_nowait(message)
                         case Heartbeat():
                             self._transport.send(Heartbeat(self._activity()))
                         case Shutdown(checkpoint=checkpoint):
@@ -90,11 +104,16 @@ class FakeLearner:
                             pass
             training.cancel()
 
-    async def _train(self, queue: asyncio.Queue[tuple[MicroBatches, StepDigest]]) -> None:
-        upcoming: tuple[MicroBatches, StepDigest] | None = None
+    async def _train(self, queue: Orders) -> None:
+        upcoming: Order | None = None
         while True:
-            batch, seen = upcoming or await queue.get()
+            order = upcoming or await queue.get()
             upcoming = None
+            if isinstance(order, DeviceTurn):
+                await self._take_turn(order)
+                continue
+            batch, seen = order
+            assert self._rests_in == "wait_batch", "a batch off the device"
             self.tracker.switch("train_step")
             seen.began_at = self._loop.time()
             seconds = self._step_time(batch)
@@ -102,10 +121,22 @@ class FakeLearner:
                 await asyncio.sleep(seconds * self._request_at)
             self._request(batch.step + 1)
             await asyncio.sleep(seconds * (1 - self._request_at))
-            self.tracker.switch("wait_batch")
+            self.tracker.switch(self._rests_in)
             if self._joined and batch.step + 1 < self._num_steps:
                 upcoming = await queue.get()
             self._done(batch, seen)
+
+    async def _take_turn(self, turn: DeviceTurn) -> None:
+        assert self._share is not None
+        self.tracker.switch("device_turn")
+        if turn.hold:
+            self._share(True)
+        await asyncio.sleep(self._turn_s)
+        if not turn.hold:
+            self._share(False)
+        self._rests_in = "wait_batch" if turn.hold else "off_device"
+        self.tracker.switch(self._rests_in)
+        self._transport.send(DeviceHeld(turn.number, turn.hold, self._turn_s))
 
     def _done(self, batch: MicroBatches, seen: StepDigest) -> None:
         self.version += 1

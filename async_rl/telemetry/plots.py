@@ -53,6 +53,8 @@ CAUSES = {
     "publish": PURPLE,
     "hand_over": YELLOW,
     "checkpoint": BLUE,
+    "off_device": GREY,
+    "device_turn": PURPLE,
 }
 
 

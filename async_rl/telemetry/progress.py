@@ -22,6 +22,8 @@ CAUSES = {
     "publish": "publishes weights",
     "checkpoint": "saves a checkpoint",
     "hand_over": "hands work over",
+    "off_device": "the other role has the device",
+    "device_turn": "takes or leaves the device",
     "start": "starts",
 }
 """What a role does with its time (telemetry.usage) -> words."""

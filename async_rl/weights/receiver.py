@@ -150,3 +150,4 @@ class _Worker(Generic[T]):
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # while it waits for the next one, nothing of what it fetched is kept alive

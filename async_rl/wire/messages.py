@@ -160,6 +160,26 @@ class WeightGroup(msgspec.Struct, frozen=True, tag=True):
     """host:port of the rendezvous store."""
 
 
+class DeviceTurn(msgspec.Struct, frozen=True, tag=True):
+    """Colocated placement: take the device, or leave it. A process starts off the device."""
+
+    number: int
+    """Of the order; the answer repeats it."""
+    hold: bool
+    """A generator takes the device with the newest weights it was told of; failing these with those it had before."""
+
+
+class DeviceHeld(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a DeviceTurn, when it is carried out."""
+
+    number: int
+    held: bool
+    seconds: float
+    """That it took."""
+    nbytes: int = 0
+    """Of the device, held by this process now: memory reserved on a GPU, the resident set on a CPU."""
+
+
 # --- rollout stream: generator -> controller -----------------------------------------------------------------
 
 
@@ -194,7 +214,8 @@ class Segment(msgspec.Struct, frozen=True, tag=True):
 
 
 class Positions(msgspec.Struct, frozen=True, tag=True):
-    """How many tokens every unfinished training rollout had when these weights went live. Sent after WeightsLive."""
+    """How many tokens every unfinished training rollout had when these weights went live, or left the device. Sent
+    after WeightsLive, and before the DeviceHeld that says so."""
 
     weights: WeightsId
     sampled: list[tuple[int, int, int]]
@@ -352,19 +373,21 @@ class MicroBatches(msgspec.Struct, frozen=True, tag=True):
 
 
 GeneratorMessage: TypeAlias = (
-    Hello | Credit | Segment | Positions | Finished | Failed | Heartbeat | WeightsLive | WeightsFailed
+    Hello | Credit | Segment | Positions | Finished | Failed | Heartbeat | WeightsLive | WeightsFailed | DeviceHeld
 )
 """What a generator may send."""
 
-ToGenerator: TypeAlias = HelloAck | Lease | Cancel | Yield | Ack | WeightsAnnounce | WeightGroup | Heartbeat | Shutdown
+ToGenerator: TypeAlias = (
+    HelloAck | Lease | Cancel | Yield | Ack | WeightsAnnounce | WeightGroup | Heartbeat | Shutdown | DeviceTurn
+)
 """What a generator may receive."""
 
 LearnerMessage: TypeAlias = (
-    Hello | BatchRequest | StepDone | CheckpointSaved | WeightsAnnounce | WeightsFailed | Heartbeat
+    Hello | BatchRequest | StepDone | CheckpointSaved | WeightsAnnounce | WeightsFailed | Heartbeat | DeviceHeld
 )
 """What the learner may send."""
 
-ToLearner: TypeAlias = HelloAck | MicroBatches | WeightGroup | Heartbeat | Shutdown
+ToLearner: TypeAlias = HelloAck | MicroBatches | WeightGroup | Heartbeat | Shutdown | DeviceTurn
 """What the learner may receive."""
 
 M = TypeVar("M")

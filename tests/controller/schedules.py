@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp
 from typing import Any, Literal
 
@@ -102,6 +103,8 @@ class Schedule:
     step_s: float = 0.5
     """Seconds of a training step."""
     request_at: float = 0.95
+    turn_s: float = 0.05
+    """Seconds that leaving the device takes, and for the learner taking it; where it is shared."""
     faults: tuple[Fault, ...] = ()
 
     def group(self, group_id: int) -> GroupDraw:
@@ -185,6 +188,24 @@ class Line(Client[GeneratorMessage, ToGenerator]):
         raise NotImplementedError
 
 
+class Device:
+    """That generator and learner share: never both are on it."""
+
+    def __init__(self) -> None:
+        self.holder: str | None = None
+        self.turns: list[tuple[float, str, bool]] = []
+        """(when, who, whether it took or left it)"""
+
+    def share(self, name: str, takes: bool) -> None:
+        assert self.holder in (None, name), f"{name} while {self.holder} is on the device"
+        self.holder = name if takes else None
+        self.turns.append((asyncio.get_running_loop().time(), name, takes))
+
+    def died(self, name: str) -> None:
+        if self.holder == name:
+            self.holder = None
+
+
 @dataclass
 class World:
     """What a schedule left behind."""
@@ -205,6 +226,10 @@ class World:
     """What was on disk when a controller died."""
     leases: list[tuple[float, int, list[int]]] = field(default_factory=list[tuple[float, int, list[int]]])
     """(when, group, members) as generators got them."""
+    device: Device = field(default_factory=Device)
+    """In a colocated run."""
+    broken: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    """(what broke, whose turn on the device it was)"""
     ended_at: dict[Any, float] = field(default_factory=dict[Any, float])
     """Sample -> when a generator first said that it had ended."""
 
@@ -252,10 +277,16 @@ def num_tokens(batch: MicroBatches) -> int:
     return sum(lags(batch, rollout).total() for rollout in batch.rollouts)
 
 
-async def play(schedule: Schedule, *, disk: Mapping[bytes, bytes] | None = None, checkpoint: int = 0) -> World:
+async def play(
+    schedule: Schedule,
+    *,
+    disk: Mapping[bytes, bytes] | None = None,
+    checkpoint: int = 0,
+    too_long_s: float = TOO_LONG_S,
+) -> World:
     """Run it to its end. disk, checkpoint: what an earlier run left behind."""
     world = World(schedule, AuditedStore(schedule.run, disk), checkpoint=checkpoint)
-    async with asyncio.timeout(TOO_LONG_S):
+    async with asyncio.timeout(too_long_s):
         while not await _Life.lived(world):
             world.crashed.append(world.store)
             world.store = world.store.after_crash()
@@ -312,6 +343,8 @@ class _Life:
         if world.lives[-1].version >= world.schedule.run.steps:
             return  # all is trained, the last checkpoint is on its way
         name = f"generator-{fault.index % world.schedule.run.generator.count}"
+        assert world.controller is not None
+        world.broken.append((fault.kind, str(world.controller.status()["turn"])))
         if fault.kind == "controller":
             self.died.set()
         elif fault.kind == "line":
@@ -333,6 +366,8 @@ class _Life:
             line = self._lines[name] = Line(self._rollouts.connect(), self._world)
             generator = FakeGenerator(
                 name=name,
+                share=self._share("generator"),
+                turn_s=schedule.turn_s,
                 transport=line,
                 model=EngineModel(run.generator.slots, TOKEN_S, 0.0, schedule.swap_s[index % len(schedule.swap_s)]),
                 credit=run.credit_rollouts,
@@ -342,6 +377,7 @@ class _Life:
                 shutdown = await generator.run()
             finally:
                 line.dead = True
+                self._world.device.died("generator")
 
     async def _learn(self) -> None:
         world, schedule, run = self._world, self._world.schedule, self._world.schedule.run
@@ -362,6 +398,15 @@ class _Life:
             request_at=schedule.request_at,
             checkpoint_every=run.checkpoint.every_steps,
             on_step=done,
+            share=self._share("learner"),
+            turn_s=schedule.turn_s,
         )
         world.lives.append(learner)
-        await learner.run()
+        try:
+            await learner.run()
+        finally:
+            world.device.died("learner")
+
+    def _share(self, name: str) -> Callable[[bool], None] | None:
+        """None: it has a device of its own."""
+        return partial(self._world.device.share, name) if self._world.schedule.run.colocated else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import configs, make_model, request
 from transformers import LlamaConfig
 
@@ -221,3 +222,23 @@ def test_memory_is_given_back(real: Real) -> None:
         await engine.stop()
 
     real(main())
+
+
+if torch.cuda.is_available():  # there is nothing to run it on elsewhere
+
+    def test_a_gpu_is_left_empty(model: Any, real: Real) -> None:
+        async def main() -> None:
+            engine = EmbeddedEngine(model.config, slots=2, device="cuda")
+            assert torch.cuda.memory_allocated() == 0, "it starts off the device"
+            engine.start(lambda chunks: None)
+            await engine.load_weights(snapshot(model))
+            engine.submit([request(i, (1, 2, i), 200) for i in range(2)])
+            while len((await engine.load_weights(snapshot(model))).sampled) < 2:
+                pass
+            loaded = torch.cuda.memory_allocated()
+            await engine.release()
+            assert torch.cuda.memory_allocated() < max(loaded // 10, 80 << 20), "workspaces of cuBLAS"
+            await engine.load_weights(snapshot(model, 1))
+            await engine.stop()
+
+        real(main())

@@ -14,7 +14,7 @@ from rollout_cases import Episode, conversation, environment, fake, lease, one_t
 from async_rl.engines.fake import FakeEngine
 from async_rl.environments.api import Policy
 from async_rl.rollout.host_runner import inline, on_thread
-from async_rl.rollout.worker import HostRunner, RolloutWorker
+from async_rl.rollout.worker import HostRunner, RolloutWorker, WeightsReceiver
 from async_rl.simulate.cluster import InstantWeights, NumberText
 from async_rl.wire.codec import rollout_stream
 from async_rl.wire.memory import MemoryServer
@@ -89,6 +89,8 @@ async def scripted(
     timeout_s: float = 600,
     run_host: HostRunner = inline,
     heartbeat_s: float = 1.0,
+    receiver: WeightsReceiver | None = None,
+    colocated: bool = False,
 ) -> AsyncGenerator[Scripted]:
     server = MemoryServer(rollout_stream(), 0.001)
     async with asyncio.TaskGroup() as tasks:
@@ -98,10 +100,11 @@ async def scripted(
             engine=engine,
             environment=environment(episode),
             text=NumberText(),
-            receiver=InstantWeights(),
+            receiver=receiver or InstantWeights(),
             credit=10,
             timeout_s=timeout_s,
             run_host=run_host,
+            colocated=colocated,
         )
         controller = Scripted(tasks.create_task(worker.run()), server)
         listening = tasks.create_task(controller.listen())

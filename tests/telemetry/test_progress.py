@@ -160,7 +160,7 @@ def test_every_cause_has_words() -> None:
             match node:
                 case ast.Call(func=ast.Attribute(attr="switch" | "_in_thread") | ast.Name(id="Tracker")):
                     found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-                case ast.Assign(targets=[ast.Name(id="cause")]):
+                case ast.Assign(targets=[ast.Name(id="cause") | ast.Attribute(attr="_rests_in")]):
                     found |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
                 case _:
                     pass
