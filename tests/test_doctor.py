@@ -35,6 +35,7 @@ from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Request, Snapshot, Swap
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
+from async_rl.learner.distributed import Ranks
 from async_rl.learner.saved_parts import Part
 from async_rl.models.tiny import tiny_config, tiny_tokenizer
 
@@ -391,7 +392,8 @@ def test_footprint_against_real_files_and_processes(recipe: Path, tmp_path: Path
     model(torch.tensor([[1, 2]])).logits.sum().backward()
     optimizer.step()
     position = checkpoint.Position(1, 0, 1, 1)
-    path = checkpoint.save(tmp_path, position, [Part("", model, optimizer)], tiny_tokenizer(TINY), keep=1)
+    alone = Ranks(0, 1, torch.device("cpu"), timeout_s=1.0)
+    path = checkpoint.save(tmp_path, position, [Part("", model, optimizer)], tiny_tokenizer(TINY), alone, keep=1)
     tensors = [path / "model.safetensors", path / "optimizer.safetensors"]
     assert estimate.checkpoint == pytest.approx(sum(file.stat().st_size for file in tensors), rel=0.1)
     assert estimate.parameters == model.num_parameters() and estimate.sequence_tokens == 64
@@ -404,6 +406,12 @@ def test_footprint_against_real_files_and_processes(recipe: Path, tmp_path: Path
     split = estimate.by_device(run, cuda, cuda)
     assert split["cuda"] == estimate.generator + estimate.learner and split["cpu"] < twice
     assert footprint(load(recipe, "controller.keep_rollouts=all")).ledger > estimate.ledger
+    shared = load(recipe, "placement=colocated")
+    in_turns = estimate.by_device(shared, cuda, cuda)
+    assert in_turns["cuda"] == max(estimate.generator, estimate.learner)
+    assert in_turns["cpu"] - split["cpu"] == estimate.resting == 12 * estimate.parameters
+    on_cpu = [estimate.by_device(one, cpu, cpu)["cpu"] for one in (shared, run)]
+    assert on_cpu[1] - on_cpu[0] == min(estimate.generator, estimate.learner - estimate.resting)
 
 
 def checks(run: Run | None, directory: Path) -> dict[str, Check]:

@@ -33,7 +33,8 @@ ENGINE_SETS = 2
 MASTER_BYTES = 16
 """A parameter in the learner: fp32 weight and gradient, two moments of Adam."""
 SAVED_BYTES = 12
-"""A parameter in a checkpoint: fp32 weight, two moments."""
+"""A parameter in a checkpoint, and in a learner off its device: fp32 weight, two moments."""
+TRAINED = ("policy", "critic")
 TOKEN_BYTES = 8
 """A token in the ledger: id and log-prob."""
 AUTOCAST_SHARE = 0.75
@@ -62,6 +63,12 @@ class Footprint(msgspec.Struct, frozen=True):
     """Of the learner's models that leave the GPU between uses: host memory then."""
 
     @property
+    def resting(self) -> int:
+        """Of the learner, in host memory, while a generator has the device they share: no gradients or activations."""
+        trained = sum(self.models.get(role, 0) for role in TRAINED)
+        return sum(self.models.values()) - trained * (MASTER_BYTES - SAVED_BYTES) // MASTER_BYTES
+
+    @property
     def shared_memory(self) -> int:
         """Files of weights: every transport has them."""
         return SNAPSHOTS * self.snapshot
@@ -75,11 +82,16 @@ class Footprint(msgspec.Struct, frozen=True):
         processes = run.generator.count + run.learner.ranks
         copies = STAGING * self.snapshot + self.checkpoint  # a checkpoint is copied first and then written
         taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copies}
-        for device, amount in (
-            (generator, run.generator.count * self.generator),
-            (learner, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),
-        ):
-            taken[device.type] = taken.get(device.type, 0) + amount
+        amounts = [
+            (generator.type, run.generator.count * self.generator),
+            (learner.type, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),
+        ]
+        if run.colocated and learner.type == "cpu":
+            amounts = [("cpu", max(self.learner, self.resting + self.generator))]
+        elif run.colocated:
+            amounts = [(learner.type, max(self.learner, self.generator)), ("cpu", self.resting)]
+        for device, amount in amounts:
+            taken[device] = taken.get(device, 0) + amount
         if learner.type == "cuda":
             taken["cpu"] += run.learner.ranks * self.parked
         return taken

@@ -115,6 +115,7 @@ def in_blocks(run: Run) -> Run:
             microbatch_tokens=max(longest, ceil(run.learner.microbatch_tokens / block)),
         ),
         weights=replace(run.weights, transport="shared_memory"),
+        placement="separate",  # the synchronous arm is what colocation comes to
         checkpoint=replace(run.checkpoint, every_steps=CHECKPOINT_STEPS),
         controller=replace(run.controller, keep_rollouts="none", heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S),
         report_to=[],

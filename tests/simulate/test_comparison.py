@@ -53,6 +53,16 @@ def test_the_same_seed_gives_the_same_record() -> None:
     assert first.steps != other.steps
 
 
+def test_what_a_recipe_says_of_its_placement_changes_nothing() -> None:
+    """The synchronous arm shares its devices, the others do not, whatever the recipe does on its one."""
+    overrides = ["simulate.measured_steps=4", "generator.count=1"]
+    records = [
+        simulate_arm(arm("synchronous", small(*overrides, f"placement={placement}")), seed=1)
+        for placement in ("separate", "colocated")
+    ]
+    assert records[0].steps == records[1].steps
+
+
 def test_a_synchronous_step_takes_what_its_longest_rollout_and_its_tokens_take() -> None:
     """On d devices: step_s * longest + sequence_s * tokens / d to generate, tokens / rate to train, the pause."""
     run = small("simulate.sigma=1.0", "simulate.measured_steps=30")

@@ -1,0 +1,125 @@
+"""One device in turns: what turns cost, and what memory they save, beside the separate placement of the same recipe.
+
+    python bench/colocated.py [RECIPE] [--steps 50] [--set section.key=value ...] [--write]
+
+Memory is the resident set without pages of files (weights under way in /dev/shm are such pages), read every 20 ms while
+steps are trained: the peak of learner + generator at one moment, and of each alone.
+Turn costs are medians over steps, of the steps that a turn began with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOK_S = 0.02
+ROLES = ("learner-0", "generator-0")
+TURNS = ("update", "rollout", "release", "onload", "train", "offload")
+
+
+class Peak(threading.Thread):
+    """Watches the services of one `train` process."""
+
+    def __init__(self, parent: int) -> None:
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self.together = 0
+        self.alone = dict.fromkeys(ROLES, 0)
+        self._parent = psutil.Process(parent)
+        self._found: dict[str, psutil.Process] = {}
+
+    def run(self) -> None:
+        while not self.ended.wait(LOOK_S):
+            try:
+                self._look()
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError, ValueError):
+                self._found = {}  # a service is being started, or gone
+
+    def _look(self) -> None:
+        if len(self._found) < len(ROLES):
+            for child in self._parent.children():
+                command = child.cmdline()
+                if "--name" in command:
+                    self._found[command[command.index("--name") + 1]] = child
+        anonymous = {}
+        for role in ROLES:
+            memory = self._found[role].memory_info()
+            anonymous[role] = memory.rss - memory.shared
+        self.together = max(self.together, sum(anonymous.values()))
+        self.alone = {role: max(self.alone[role], anonymous[role]) for role in ROLES}
+
+
+def run(recipe: Path, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    command = [sys.executable, "-m", "async_rl.cli", "train", str(recipe), "--run-dir", str(directory)]
+    with subprocess.Popen(
+        [*command, "--no-report", *sets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        peak = Peak(process.pid)
+        peak.start()
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        peak.ended.set()
+    if process.returncode != 0:
+        sys.exit(printed)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text())
+    return {
+        "wall_s": summary["wall_s"],
+        "reward_last": summary["reward_last"],
+        "peak_mib": round(peak.together / 2**20),
+        "alone_mib": {role: round(count / 2**20) for role, count in peak.alone.items()},
+        "busy": summary["busy"],
+        "off_device": {role: causes.get("off_device", 0.0) for role, causes in summary["idle"].items()},
+        "device_turn": {role: causes.get("device_turn", 0.0) for role, causes in summary["idle"].items()},
+        **turns(rows),
+    }
+
+
+def turns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    began = [row["turns"]["seconds"] for row in rows[1:] if row.get("turns", {}).get("seconds", {}).get("update")]
+    if not began:
+        return {}
+    seconds = {turn: statistics.median(one.get(turn, 0.0) for one in began) for turn in TURNS}
+    mib = {where: round(count / 2**20) for where, count in rows[-1]["turns"]["bytes"].items()}
+    return {"steps_per_turn": len(rows[1:]) / len(began), "turn_s": seconds, "held_mib": mib}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default=ROOT / "recipes" / "sort.toml", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {"recipe": options.recipe.stem, "steps": options.steps, "set": options.set}
+    with tempfile.TemporaryDirectory() as scratch:
+        for eta in (None, 0):
+            for placement in ("separate", "colocated"):
+                name = placement if eta is None else f"{placement}_eta_{eta}"
+                overrides = [*options.set, f"steps={options.steps}", f"placement={placement}", "evaluation.tasks=0"]
+                overrides += [] if eta is None else [f"staleness.max_staleness={eta}"]
+                figures[name] = run(options.recipe, Path(scratch) / name, overrides)
+                print(name, json.dumps(figures[name], indent=2), flush=True)
+    if options.write:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        device = f"{platform.processor() or platform.machine()}, 2 cores"
+        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        path = ROOT / "bench" / "results" / f"colocated_{figures['recipe']}.json"
+        path.write_text(json.dumps(stamp | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
