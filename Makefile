@@ -56,7 +56,7 @@ demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three
 demo-tiny: $(STAMP)  ## learn to sort four digits from random weights, in about a minute
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-tiny
 
-bench: bench-overlap bench-losses bench-engine bench-ledger  ## every benchmark
+bench: bench-overlap bench-losses bench-engine bench-ledger bench-weights  ## every benchmark
 
 bench-ledger: $(STAMP)  ## rollouts a second through the controller and its ledger, beside raw LMDB
 	$(BIN)/python bench/ledger.py

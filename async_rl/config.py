@@ -189,6 +189,8 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     trusted."""
     relay_port: int = 0
     """Of the learner's HTTP relay; 0 = any free port."""
+    relay_url: str = ""
+    """Where this machine reaches the relay, if not at the address it listens on: a tunnel, a forwarded port."""
     full_every: int = 20
     """http: of so many sets at least one comes whole, the others only in what changed; 1 = all come whole."""
     in_flight: Literal["auto", "keep", "recompute", "drain"] = "auto"
@@ -566,8 +568,11 @@ def _check(run: Run) -> None:
     for field, value in [
         ("controller.port", run.controller.port),
         ("controller.admin_port", run.controller.admin_port),
+        ("weights.relay_port", run.weights.relay_port),
     ]:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
+    relay = run.weights.relay_url
+    demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
     if run.rollout.filter == "uniform":
         demand(run.rollout.group_size > 1, "rollout.filter", "uniform", "a group of one is always uniform: write none")
     budget = run.staleness.mask_budget

@@ -27,6 +27,8 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
         ("steps=0", "steps = 0: write a number above 0"),
         ("optimizer.learning_rate=-1.0", "optimizer.learning_rate = -1.0: write 0 or more"),
         ("rollout.group_size=1.5", "rollout.group_size = 1.5: expected int, got float"),
+        ("weights.relay_url=host:80", "weights.relay_url = 'host:80': write http://host:port"),
+        ("weights.relay_port=70000", "weights.relay_port = 70000: write a port from 1 to 65534, or 0 for any free one"),
         ("weights.transport=carrier_pigeon", "weights.transport = 'carrier_pigeon': invalid enum value"),
         ("model.path=/nowhere", "model = 'path and tiny': set exactly one of path and tiny"),
         ("controller.port=70000", "controller.port = 70000: write a port from 1 to 65534, or 0 for any free one"),

@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from async_rl.models.parameters import Layout
-from async_rl.weights.checksum import BUCKET_BYTES, combine
+from async_rl.weights.checksum import BUCKET_BYTES, combine, for_each
 from async_rl.weights.delta import Comparison, Delta, compare
 from async_rl.weights.errors import WeightsError
 from async_rl.weights.header import Header, name
@@ -37,8 +37,8 @@ from async_rl.wire.messages import WeightsId
 
 MEMORY = Path("/dev/shm")
 KEEP = 2
-PIECE = 1 << 20
-"""Bytes hashed and then copied: the copy finds them in the cache."""
+PIECE = 1 << 19
+"""Bytes copied and then hashed, which finds them in the cache: together 1.2 times the cost of copying."""
 
 T = TypeVar("T")
 
@@ -176,18 +176,20 @@ def _manifest(header: Header, layout: Layout, base: WeightsId | None = None) -> 
 
 
 def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> Header:
-    """The whole file. Hashed and copied piece by piece; the head, whose checksums are known last, comes last."""
+    """The whole file. Copied and hashed piece by piece; the head, whose checksums are known last, comes last."""
     start = len(encode_head(manifest))
     source = payload.numpy()
-    buckets: list[int] = []
-    for first in range(0, manifest.layout.nbytes, BUCKET_BYTES):
+
+    def fill(first: int) -> int:
         digest = xxhash.xxh3_64()
         end = min(first + BUCKET_BYTES, manifest.layout.nbytes)
         for at in range(first, end, PIECE):
             piece = source[at : min(at + PIECE, end)]
-            digest.update(piece.data)
             np.copyto(out[start + at : start + at + piece.size], piece)
-        buckets.append(digest.intdigest())
+            digest.update(piece.data)
+        return digest.intdigest()
+
+    buckets = for_each(range(0, manifest.layout.nbytes, BUCKET_BYTES), fill)
     header = manifest.header
     if manifest.base is None:
         header = Header(header.weights, header.nbytes, combine(buckets), header.fingerprint)

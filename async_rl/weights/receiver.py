@@ -20,6 +20,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from async_rl.config import Run
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
@@ -37,7 +39,16 @@ T = TypeVar("T")
 class Receiver:
     """Takes announcements of every transport. Made inside a running event loop or not; used in one."""
 
-    def __init__(self, layout: Layout, group: ProcessGroupReceiver | None = None, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        group: ProcessGroupReceiver | None = None,
+        *,
+        timeout_s: float = 30.0,
+        relay_url: str = "",
+    ) -> None:
+        """`relay_url`: where the relay is, seen from here, if not where the announcements say."""
+        self._relay_url = relay_url
         self._files, self._group = SharedMemoryReceiver(layout), group
         self._relay = RelayClient(layout, timeout_s=timeout_s)
         self._worker: _Worker[Any] = _Worker("weights-receiver")
@@ -76,6 +87,10 @@ class Receiver:
         interrupt.start()  # it may have to talk to a store that is gone: not in the loop's thread
         await self._worker.run(lambda: member.form(group))
 
+    def statistics(self) -> dict[str, int]:
+        """Bytes of files that came over HTTP, and how many sets of weights came as deltas."""
+        return {"received": self._relay.received, "deltas": self._relay.deltas}
+
     def close(self) -> None:
         """Leave the group; a fetch in progress is left to itself and ends at its deadline."""
         self._worker.close()
@@ -97,7 +112,8 @@ class Receiver:
             raise WeightsGone(f"weights {name(announce.weights)} are out of date: newer ones were announced")
         if self._relay.held is not None and self._relay.held >= announce.weights:
             raise WeightsGone(f"weights {name(announce.weights)} were fetched before")
-        return self._relay.fetch(announce)
+        url = self._relay_url or announce.location
+        return self._relay.fetch(msgspec.structs.replace(announce, location=url))
 
 
 def make_receiver(run: Run, member: str, layout: Layout) -> Receiver:
@@ -106,7 +122,7 @@ def make_receiver(run: Run, member: str, layout: Layout) -> Receiver:
     group = None
     if run.weights.transport in ("process_group", "auto"):
         group = ProcessGroupReceiver(member, layout, timeout_s=timeout_s)
-    return Receiver(layout, group, timeout_s=timeout_s)
+    return Receiver(layout, group, timeout_s=timeout_s, relay_url=run.weights.relay_url)
 
 
 class _Worker(Generic[T]):

@@ -101,7 +101,12 @@ class Held:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.close = weakref.finalize(self, os.close, descriptor)
+        self.close = weakref.finalize(self, _release, descriptor)
+
+
+def _release(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do: a mapping has its own copy of the descriptor
+    os.close(descriptor)
 
 
 def hold(path: Path) -> Held | None:

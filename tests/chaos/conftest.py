@@ -14,6 +14,7 @@ import queue
 import random
 import threading
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ class Run:
 
     def children(self) -> dict[str, psutil.Process]:
         return self.process.children()
+
+    def call(self, path: str, method: str = "GET") -> dict[str, Any]:
+        """The admin endpoint."""
+        url = json.loads((self.path / "admin.json").read_text())["url"]
+        with urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=20) as answer:
+            return json.load(answer)
+
+    def version_at(self, generator: str) -> int:
+        """Of the weights that a generator samples with; -1 while it is not there."""
+        versions = {one["name"]: one["weights"] for one in self.call("/status")["generators"]}
+        found = versions.get(generator)
+        return -1 if found is None else found
 
     def kill(self, names: Iterable[str]) -> None:
         """SIGKILL those that are there, at once; "train" is the process that started them."""

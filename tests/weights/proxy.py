@@ -26,7 +26,8 @@ class Proxy:
         """Break the connection in which so many bytes in all came from the target, once for each."""
         self.damage_at: list[int] = []
         """Flip a bit of the byte that comes from the target as the so-manieth, once for each."""
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     @property
     def url(self) -> str:
@@ -40,7 +41,7 @@ class Proxy:
 
     def break_all(self) -> None:
         """Every connection ends now."""
-        for one in self._sockets:
+        for one in list(self._sockets):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
@@ -49,6 +50,7 @@ class Proxy:
         self._open.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         self._listener.close()
         self.break_all()
         for one in self._sockets:

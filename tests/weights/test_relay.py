@@ -73,6 +73,14 @@ def get(announce: WeightsAnnounce, path: str, **headers: str) -> Any:
     return urllib.request.urlopen(request, timeout=20)
 
 
+def refused(announce: WeightsAnnounce, path: str, **headers: str) -> int:
+    """The status of an answer that is an error."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        get(announce, path, **headers)
+    caught.value.close()
+    return caught.value.code
+
+
 def test_round_trip_and_the_newest_is_what_comes(learner: Learner) -> None:
     client = RelayClient(LARGE)
     first = learner.send(1)
@@ -95,17 +103,14 @@ def test_it_is_a_safetensors_file_with_ranges_and_an_etag(learner: Learner) -> N
         assert answer.status == 206 and answer.read() == body[100:200] and answer.headers["ETag"] == tag
     with get(announce, path, Range=f"bytes={len(body) - 7}-") as answer:
         assert answer.read() == body[-7:]
-    with pytest.raises(urllib.error.HTTPError, match="304"):
-        get(announce, path, If_None_Match=tag)
-    with pytest.raises(urllib.error.HTTPError, match="416"):
-        get(announce, path, Range=f"bytes={len(body) + 5}-")
+    assert refused(announce, path, If_None_Match=tag) == 304
+    assert refused(announce, path, Range=f"bytes={len(body) + 5}-") == 416
 
 
 def test_only_who_has_the_token_gets_anything(learner: Learner) -> None:
     announce = replace(learner.send(1), token="wrong")
     for path in ("/weights", "/weights/weights-1-1.safetensors"):
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            get(announce, path)
+        assert refused(announce, path) == 401
     with pytest.raises(WeightsError, match="answers 401"):
         RelayClient(LARGE).fetch(announce)
 
@@ -113,8 +118,7 @@ def test_only_who_has_the_token_gets_anything(learner: Learner) -> None:
 def test_what_is_not_there(learner: Learner) -> None:
     announce = learner.send(1)
     for path in ("/weights/weights-1-2.safetensors", "/weights/..%2f..%2fetc%2fpasswd"):
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            get(announce, path)
+        assert refused(announce, path) == 404
     with pytest.raises(WeightsGone, match=r"weights 1\.9 are not at the relay"):
         RelayClient(LARGE).fetch(replace(announce, weights=WeightsId(1, 9)))
 

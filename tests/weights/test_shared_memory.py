@@ -70,6 +70,21 @@ def test_only_the_newest_two_stay(tmp_path: Path) -> None:
     sender.close()
 
 
+def test_a_receiver_that_lets_go_makes_room_for_the_next_version(tmp_path: Path) -> None:
+    sender, receiver = sender_of(tmp_path, SMALL), SharedMemoryReceiver(SMALL)
+    files: set[int] = set()
+    for version in range(9):
+        announce = sent(sender, version)
+        assert holds(receiver.fetch(announce), SMALL, version)
+        files.add(Path(announce.location).stat().st_ino)
+    assert len(files) == 3, "it mapped what it had let go of, and kept that mapping"
+    kept = receiver.fetch(announce)
+    for version in range(9, 15):
+        assert holds(receiver.fetch(sent(sender, version)), SMALL, version)
+    assert holds(kept, SMALL, 8), "what is in use is not written"
+    sender.close()
+
+
 def test_the_same_version_again_is_kept(tmp_path: Path) -> None:
     sender = sender_of(tmp_path, SMALL)
     sent(sender, 1)

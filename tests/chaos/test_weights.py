@@ -1,0 +1,177 @@
+"""Faults while weights travel: members and learners that die in a broadcast, a network that is cut and healed."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from ..system.conftest import ROOT, check
+from ..weights.proxy import Proxy
+from .conftest import Run
+
+GROUP = ["weights.transport=process_group", "generator.count=2", "weights.timeout_s=20"]
+BROADCAST_S = 0.05
+"""A kill comes within so many seconds after a row: the broadcast begins when the row's step ends."""
+LARGER = ["model.tiny.intermediate_size=12288", "rollout.groups_per_step=4"]
+"""20 MB: two buckets, so that a broadcast takes about as long as BROADCAST_S."""
+CUT_S = 10.0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", ["generator-1", "learner-0"])
+def test_killed_in_the_middle_of_a_broadcast(start: Any, rng: random.Random, victim: str) -> None:
+    run = start("steps=150", *GROUP, *LARGER)
+    for kill in range(5):
+        run.rows(rng.randrange(2, 6))
+        time.sleep(rng.uniform(0, BROADCAST_S))
+        before = run.newest_row["version"]
+        run.kill([victim])
+        print(f"killed {victim} at version {before}", flush=True)
+        survivor = "generator-0" if victim == "generator-1" else "generator-1"
+        caught_up(run, survivor, before + 1)  # those who live do not wait for the dead
+        if kill % 2:
+            caught_up(run, victim if victim == "generator-1" else "generator-0", before + 1)
+    finished(run, 150)
+
+
+@pytest.mark.timeout(300)
+def test_a_member_that_hangs_does_not_hold_up_the_others(start: Any, rng: random.Random) -> None:
+    """Ten seconds without a turn, in a group: what a cut cable looks like to everybody else."""
+    run = start("steps=100000", *GROUP)
+    for _ in range(2):
+        run.rows(rng.randrange(3, 20))
+        hanging = run.children()["generator-1"]
+        hanging.suspend()
+        before, began = run.version_at("generator-0"), time.monotonic()
+        caught_up(run, "generator-0", before + 20)
+        moved = time.monotonic() - began
+        time.sleep(max(0.0, CUT_S - moved))
+        hanging.resume()
+        caught_up(run, "generator-1", run.version_at("generator-0"))
+        print(f"20 versions in {moved:.1f} s, back at {run.version_at('generator-1')}", flush=True)
+        assert moved < CUT_S
+    stopped(run)
+
+
+@pytest.fixture
+def ports() -> list[int]:
+    """Two in a row, and one more; free a moment ago."""
+    while True:
+        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+            one.bind(("127.0.0.1", 0))
+            three.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return [port, int(three.getsockname()[1])]
+
+
+class FarGenerator:
+    """generator-1, on the other side of a network that can be cut."""
+
+    def __init__(self, run: Run, ports: list[int]) -> None:
+        self._run = run
+        self.networks = [Proxy(("127.0.0.1", port)) for port in ports]
+        recipe = json.loads((run.path / "config.json").read_text())
+        recipe["weights"]["relay_url"] = self.networks[1].url
+        self._config = run.path / "far" / "config.json"
+        self._config.parent.mkdir()
+        self._config.write_text(json.dumps(recipe))
+        self.processes: list[subprocess.Popen[str]] = []
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "async_rl.cli", "serve", "generator", "--config", str(self._config)]
+        command += ["--run-dir", str(self._run.path), "--name", "generator-1"]
+        command += ["--connect", f"tcp://127.0.0.1:{self.networks[0].port}"]
+        log = (self._run.path / "logs" / "far.log").open("a")
+        self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True))
+        log.close()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for network in self.networks:
+            network.close()
+
+
+@pytest.fixture
+def far() -> Iterator[list[FarGenerator]]:
+    made: list[FarGenerator] = []
+    yield made
+    for one in made:
+        one.close()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("patience_s", [3, 60], ids=["given up", "waited for"])
+def test_a_network_that_is_cut_for_ten_seconds(
+    start: Any, far: list[FarGenerator], ports: list[int], patience_s: int
+) -> None:
+    """Of one of two generators, in the middle of a download: the other goes on, and the first is used again."""
+    run = start(
+        "steps=100000",
+        "weights.transport=http",
+        f"controller.heartbeat_timeout_s={patience_s}",
+        f"controller.port={ports[0]}",
+        f"weights.relay_port={ports[1]}",
+        *LARGER,
+    )
+    run.rows(2)
+    far.append(FarGenerator(run, ports))
+    caught_up(run, "generator-1", 3)
+    for network in far[0].networks:
+        network.cut()
+    before, began = run.version_at("generator-0"), time.monotonic()
+    if patience_s < CUT_S:  # what it held goes to the other one
+        caught_up(run, "generator-0", before + 5)
+    time.sleep(max(0.0, CUT_S - (time.monotonic() - began)))
+    for network in far[0].networks:
+        network.heal()
+    if patience_s < CUT_S:  # it was given up, is told so, and starts again as its launcher would
+        assert far[0].processes[-1].wait(60) == 75
+        far[0].start()
+    caught_up(run, "generator-1", run.version_at("generator-0"))
+    works(run, "generator-1")
+    stopped(run)
+
+
+def caught_up(run: Run, generator: str, version: int, within: float = 60) -> None:
+    """It samples with weights of at least this version."""
+    deadline = time.monotonic() + within
+    while (at := run.version_at(generator)) < version:
+        assert time.monotonic() < deadline, f"{generator} is at {at}, not at {version}:\n{run.call('/status')}"
+        time.sleep(0.05)
+
+
+def works(run: Run, generator: str, within: float = 60) -> None:
+    """It holds groups."""
+    deadline = time.monotonic() + within
+    while not any(one["name"] == generator and one["groups"] for one in run.call("/status")["generators"]):
+        assert time.monotonic() < deadline, run.call("/status")
+        time.sleep(0.05)
+
+
+def finished(run: Run, steps: int) -> None:
+    code, printed = run.end(300)
+    assert code == 0 and f"complete: {steps} steps" in printed, printed
+    check(run.path)
+
+
+def stopped(run: Run) -> None:
+    """Stopped by us: everything is accounted for."""
+    run.call("/stop", "POST")
+    code, printed = run.end(60)
+    assert code == 130, printed
+    check(run.path)
