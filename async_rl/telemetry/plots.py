@@ -93,7 +93,8 @@ def draw(rows: Sequence[Row], evaluations: Sequence[EvalSummary], run: Run, shar
         MissingExtra: matplotlib is not installed.
     """
     require("matplotlib", "report", "drawing plots")
-    plots = [plot for plot in (*_progress(rows, evaluations), *_health(rows, run)) if plot is not None]
+    found = (*_progress(rows, evaluations), *_models(rows), *_health(rows, run))
+    plots = [plot for plot in found if plot is not None]
     by_lag = [row for row in rows if row["lag"].get("tokens")]
     if len(by_lag) > 1:
         plots.append(_lag(by_lag, run.staleness.max_staleness))
@@ -145,6 +146,41 @@ def _progress(rows: Sequence[Row], evaluations: Sequence[EvalSummary]) -> list[P
         value: Callable[[EvalSummary], float] = lambda one, name=name: one.metrics.get(name, float("nan"))  # noqa: E731
         plots.append(plot(file, title, f"mean {name}", f"train_{name}", value))
     return plots
+
+
+def _models(rows: Sequence[Row]) -> list[Plot | None]:
+    """What the models beside the policy say: the parts of the reward, and the critic."""
+
+    def line(label: str, colour: str, key: str) -> Line:
+        return Line(label, colour, _column(rows, key))
+
+    parts = [
+        line("reward model", PURPLE, "reward_model"),
+        line("environment", BLUE, "reward_environment"),
+    ]
+    return [
+        _lines(
+            "reward_parts",
+            "Parts of the reward: both should rise",
+            "Score of the reward model and reward of the environment. Where the score rises alone, it is being hacked.",
+            rows,
+            [Panel("mean reward", parts)],
+        ),
+        _lines(
+            "critic",
+            "Critic: explained variance near 1 is good, values follow returns",
+            "Explained variance: how much of the returns of the tokens of a step the critic foresaw; at 0 advantages "
+            "are those of a constant baseline.",
+            rows,
+            [
+                Panel("share", [line("explained variance", GREEN, "explained_variance")]),
+                Panel("", [line("value", BLUE, "value_mean"), line("return", ORANGE, "return_mean")]),
+                Panel("", [line("value loss", INK, "value_loss")], spiky=True),
+                Panel("% of tokens", [line("value clipped", SKY, "value_clip_fraction")], percent=True),
+            ],
+            columns=2,
+        ),
+    ]
 
 
 def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
@@ -218,6 +254,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
                 Panel("nats", [line("mismatch KL (k3)", ORANGE, "mismatch_k3")], spiky=True),
                 Panel("", [line("learning rate", BLUE, "learning_rate")]),
                 Panel("nats", [line("KL to the reference (k3)", PURPLE, "kl_k3")], spiky=True),
+                Panel("reward", [line("KL penalty", VERMILION, "kl_penalty")]),
             ],
             columns=2,
         ),

@@ -352,6 +352,13 @@ def test_only_plots_whose_data_exist() -> None:
     assert plots.draw(bare[:1], [], recipe(), {}) == []
 
 
+def test_models_beside_the_policy_have_plots_where_they_are() -> None:
+    critic = {"explained_variance": 0.5, "value_mean": 0.1, "return_mean": 0.2, "value_loss": 0.01}
+    rows = [row(step, **critic, reward_model=0.3, reward_environment=0.1, kl_penalty=0.2) for step in range(3)]
+    names = [plot.name for plot in plots.draw(rows, [], recipe(), {})]
+    assert names[:4] == ["reward", "exact", "reward_parts", "critic"]
+
+
 def test_values_that_are_no_numbers_are_gaps() -> None:
     broken = {"reward": float("nan"), "grad_norm": float("inf"), "entropy": None}
     rows = [row(0), row(1, **broken), row(2), row(3, grad_norm=1e9), row(4), row(5)]
