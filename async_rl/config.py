@@ -248,7 +248,9 @@ class Critic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Discount of GAE."""
     lam: float = 0.95
     clip: float = 0.2
-    """The value loss is clipped where a value moves further than this in one step."""
+    """The value loss is clipped where a value moves further than this in one step, which takes several epochs."""
+    epochs: int = 1
+    """How often the critic is trained on the returns of a step; the policy is once."""
     coef: float = 0.1
     """Of the value loss. Critic and policy have an optimiser each: it scales the gradient that `clip_norm` sees."""
     whiten: bool = True
@@ -528,6 +530,7 @@ def _check(run: Run) -> None:
         ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
         ("controller.watchdog_s", run.controller.watchdog_s),
         ("rollout.attempts", run.rollout.attempts),
+        ("critic.epochs", run.critic.epochs),
         ("rollout.temperature", run.rollout.temperature),
         ("simulate.generators", run.simulate.generators),
         ("simulate.learners", run.simulate.learners),

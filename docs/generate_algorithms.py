@@ -42,9 +42,10 @@ All are asked about the whole step, without gradients, before the first loss (`a
 reward is k1 of the log-probs that were sampled with, summed over the rollout where the baseline is a group. With a
 critic it is taken per token, the score sits on the last trained token, GAE runs over the trained tokens of a rollout
 and steps over observations, and advantages are whitened over the tokens with weight of the whole step, all ranks
-together. A step is one mini-batch and one epoch. The critic has an optimiser of its own: `coef` scales its loss before
-its own `clip_norm`, and is no trade-off with the policy. A reward model scores the last sequence of a rollout at its
-last token and must have the policy's tokenizer; it scores on the learner, so groups are not filtered by such a reward.
+together. A step is one mini-batch and one epoch of the policy; the critic, which has an optimiser of its own, may take
+several (`critic.epochs`). Its `coef` scales its loss before its own `clip_norm`: no trade-off with the policy. A reward
+model scores the last sequence of a rollout at its last token and must have the policy's tokenizer; it scores on the
+learner, so groups are not filtered by such a reward.
 """
 
 

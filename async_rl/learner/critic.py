@@ -13,7 +13,7 @@ from async_rl.config import Model, Run
 from async_rl.learner.batch import StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import CriticEstimates, explained_variance
-from async_rl.learner.optimisation import Optimisation, Stats, Totals
+from async_rl.learner.optimisation import Optimisation, Stats, Totals, never
 from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.passes import over_step
@@ -37,7 +37,9 @@ class Critic:
             source = Model(path=str(checkpoint / NAME))
         dtype = run.learner.dtype
         self.module = PackedScalar.load(source, seed=run.seed, head="zero", dtype=dtype, field=field)
-        if not run.colocated:  # else it starts off the device
+        if run.learner.sharding == "full" and ranks.size > 1:
+            self.module.shard(ranks)
+        elif not run.colocated:  # else it starts off the device
             self.module.to(ranks.device)
         self.optimisation = Optimisation(self.module.parameters(), run.critic.optimizer, run.steps, ranks)
         self._config, self._ranks = run.critic, ranks
@@ -52,15 +54,22 @@ class Critic:
         return self.optimisation.accumulate(losses, abandon)
 
     def update(self, step: StepBatch, estimates: CriticEstimates, totals: Totals) -> dict[str, float]:
-        """The optimiser's step, unless a number is not finite, and the critic's metrics."""
-        done = self.optimisation.update(step.version, totals)
+        """The optimiser's steps, one an epoch, unless a number is not finite, and the critic's metrics.
+
+        It does not stop in between: the first of them has changed the weights.
+        """
+        first, done = totals, self.optimisation.update(step.version, totals)
+        for _ in range(1, self._config.epochs):
+            totals = self.accumulate(step, estimates, never)
+            done = self.optimisation.update(step.version, totals)
         active = estimates.active_A
         return {
-            **totals.values,
+            "value_loss": first.values.get("value_loss", 0.0),
+            "value_clip_fraction": totals.values.get("value_clip_fraction", 0.0),
             "explained_variance": explained_variance(estimates),
             "value_mean": float(estimates.values_A[active].mean()) if active.any() else 0.0,
             "return_mean": float(estimates.returns_A[active].mean()) if active.any() else 0.0,
-            "critic_grad_norm": totals.grad_norm,
+            "critic_grad_norm": first.grad_norm,
             "critic_learning_rate": done["learning_rate"],
             "critic_skipped": done["skipped"],
         }

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from async_rl.config import Model
+from async_rl.learner.distributed import Ranks
 from async_rl.learner.packed_attention import run_packed, use_packed_attention
 from async_rl.learner.packing import PackedTokens
+from async_rl.learner.policy import ONE_TOKEN
+from async_rl.learner.sharding import shard
 from async_rl.models.loading import build_model, load_config, read
 
 Head = Literal["normal", "zero"]
@@ -38,6 +40,7 @@ class PackedScalar(nn.Module):
         super().__init__()
         self.model = model
         self._low = torch.bfloat16 if dtype == "bfloat16" else None
+        self._collective = False
         self.eval()
         use_packed_attention(model)
 
@@ -82,6 +85,12 @@ class PackedScalar(nn.Module):
         found: Any = read(model, "weights", AutoModelForSequenceClassification.from_pretrained, field, **options)
         return cls(found, dtype=dtype)
 
+    def shard(self, ranks: Ranks) -> None:
+        """As `PackedPolicy.shard`. The head is not gathered in a lower dtype."""
+        shard(self.head, (), ranks)
+        shard(self, cast(nn.ModuleList, self.model.base_model.layers), ranks, self._low)
+        self._collective = True
+
     @property
     def head(self) -> nn.Linear:
         return cast(nn.Linear, self.model.score)
@@ -96,12 +105,16 @@ class PackedScalar(nn.Module):
 
     def forward(self, tokens: PackedTokens) -> Tensor:
         """[K] float32, at the positions that predict the trained tokens. The bias is not subtracted."""
+        input_1T, position_1T, families = tokens.input_1T, tokens.position_1T, tokens.families
         if not len(tokens.target_K):
-            return torch.zeros(0, device=tokens.target_K.device)
-        with torch.autocast(tokens.input_1T.device.type, self._low) if self._low else nullcontext():
-            hidden_TH = run_packed(self.model, tokens.input_1T, tokens.position_1T, tokens.families)
-        hidden_KH = hidden_TH.index_select(0, tokens.predictor_K).float()
-        return F.linear(hidden_KH, self.head.weight).squeeze(1)
+            if not self._collective:
+                return torch.zeros(0, device=input_1T.device)
+            input_1T = position_1T = torch.zeros(1, 1, dtype=torch.int64, device=input_1T.device)
+            families = ONE_TOKEN
+        with torch.autocast(input_1T.device.type, self._low) if self._low else nullcontext():
+            hidden_TH = run_packed(self.model, input_1T, position_1T, families)
+        scores_K1: Tensor = self.head(hidden_TH.index_select(0, tokens.predictor_K).float())
+        return scores_K1.squeeze(1)
 
     @torch.no_grad()
     def score(self, tokens: PackedTokens) -> Tensor:

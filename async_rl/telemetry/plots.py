@@ -176,7 +176,7 @@ def _models(rows: Sequence[Row]) -> list[Plot | None]:
                 Panel("share", [line("explained variance", GREEN, "explained_variance")]),
                 Panel("", [line("value", BLUE, "value_mean"), line("return", ORANGE, "return_mean")]),
                 Panel("", [line("value loss", INK, "value_loss")], spiky=True),
-                Panel("% of tokens", [line("value clipped", SKY, "value_clip_fraction")], percent=True),
+                Panel("norm", [line("critic gradient", SKY, "critic_grad_norm")], spiky=True),
             ],
             columns=2,
         ),

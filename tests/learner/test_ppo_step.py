@@ -182,3 +182,16 @@ def test_the_critic_learns_the_returns(ranks: Ranks, tmp_path: Path, run: Run) -
     assert rows[0]["value_mean"] == 0.0 and rows[0]["explained_variance"] == 0.0, "a new critic's head says 0"
     assert rows[-1]["explained_variance"] > 0.9
     assert rows[-1]["value_mean"] == pytest.approx(rows[-1]["return_mean"], abs=0.1)
+
+
+def test_several_epochs_of_the_critic_move_it_within_the_clip(ranks: Ranks, tmp_path: Path, run: Run) -> None:
+    """The second pass sees values that have moved: beyond `clip` its loss is flat."""
+    clipped, moved = [], []
+    for clip in (1e-3, 100.0):
+        critic = Critic(optimizer=Optimizer(learning_rate=1e-2, clip_norm=0.0), epochs=8, clip=clip)
+        learner = Learner(msgspec.structs.replace(run, critic=critic), tmp_path / str(clip), ranks)
+        first, second = (learner.train(message(ragged_rollouts(seed=3), step=step)) for step in range(2))
+        clipped.append(first["value_clip_fraction"])
+        moved.append(second["value_mean"] - first["value_mean"])
+    assert clipped[0] > 0.5 and clipped[1] == 0.0
+    assert abs(moved[0]) < abs(moved[1])
