@@ -20,6 +20,8 @@ import msgspec
 
 from async_rl.errors import UserError
 
+LEAST_FAILURES = 64
+
 
 class TinyModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A Llama of a few layers with one token per character, from random weights."""
@@ -52,6 +54,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: float = 600.0
     """An episode without progress for so long (no token, no call of the policy) is a failed rollout. One that
     progresses is never ended for its age."""
+    failures_in_a_row: int | None = None
+    """So many training episodes that failed, and none in between that did not, stop the run; default: as many as four
+    steps hold, at least 64."""
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -370,6 +375,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.rollout.groups_per_step * self.rollout.group_size
 
     @property
+    def failures_in_a_row(self) -> int:
+        """Failed episodes after which the run stops, unless one succeeds in between."""
+        default = max(LEAST_FAILURES, 4 * self.step_rollouts)
+        return default if self.environment.failures_in_a_row is None else self.environment.failures_in_a_row
+
+    @property
     def credit_rollouts(self) -> int:
         """Rollouts one generator holds at most, running or queued; a whole step when synchronous."""
         queued = self.generator.slots if self.generator.queued_rollouts is None else self.generator.queued_rollouts
@@ -539,6 +550,7 @@ def _check(run: Run) -> None:
             "simulate.prefill_tokens_s",
             1.0 if run.simulate.prefill_tokens_s is None else run.simulate.prefill_tokens_s,
         ),
+        ("environment.failures_in_a_row", run.failures_in_a_row),
         ("simulate.step_s", run.simulate.step_s),
         ("simulate.mean_tokens", run.simulate.mean_tokens),
         ("simulate.block_tokens", run.simulate.block_tokens),

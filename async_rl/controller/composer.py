@@ -6,21 +6,24 @@ they apply to a step v with bound eta (docs/staleness.md; docs/decisions/2026-11
     drop      on_stale = drop: rollouts with a token older than v - eta leave
     release   finished members that would lose tokens at v + 1 do not wait for their group: it is opened
     select    Q * G slots of open groups, oldest-admitted first
-    wait      while composing would doom more tokens of running rollouts than the mask budget has
+    wait      while composing would doom more tokens of running rollouts than the mask budget has; where it has none,
+              also while what it leaves is more than the steps to come can take in time (batching.deadlines)
     mask      the learner gives no weight to tokens older than v - eta, whatever happened here
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TypeAlias
 
+from async_rl.batching.deadlines import Slots, earliest_due, overbooked
 from async_rl.batching.plan import plan
 from async_rl.batching.selection import oldest
 from async_rl.config import Run
-from async_rl.ledger.ledger import MIN_SURVIVORS, Group, Ledger
+from async_rl.ledger.ledger import MIN_SURVIVORS, UNUSED, Group, Ledger
 from async_rl.ledger.records import StepRecord
 from async_rl.ledger.states import State
 from async_rl.staleness.account import Rollout, TokenAccount
@@ -57,10 +60,14 @@ class Composer:
 
     Args:
         room: rollouts that the generators together accept at a time.
+        counted: the version since which nobody has said what was sampled.
     """
 
-    def __init__(self, run: Run, ledger: Ledger, *, room: Callable[[], int], withdraw: Withdraw) -> None:
+    def __init__(
+        self, run: Run, ledger: Ledger, *, room: Callable[[], int], counted: Callable[[], int], withdraw: Withdraw
+    ) -> None:
         self._run, self._ledger, self._generators_room, self._withdraw = run, ledger, room, withdraw
+        self._counted = counted
         ledger.filter = run.rollout.filter
         eta = run.staleness.max_staleness
         self.attention_share = 0.0
@@ -171,9 +178,16 @@ class Composer:
         self._release(step)
         if ledger.available < run.step_rollouts:
             return None
+        pressure, exact = account.pressure(step), self._budget is not None and self._budget.exact
+        if self._budget is not None and exact and not self._budget.allows(step, pressure, 0):
+            return None  # before anything is selected: it is asked again at every event
+        if exact:
+            slots = earliest_due(ledger.available_slots(), run.step_rollouts, self._due)
+        else:
+            slots = oldest(ledger.available_slots(), run.step_rollouts)
         parts: list[tuple[int, list[int]]] = []
         empty: list[tuple[int, list[int]]] = []
-        for group_id, members in oldest(ledger.available_slots(), run.step_rollouts):
+        for group_id, members in slots:
             states = ledger.groups[group_id].states
             for chosen, ready in ((parts, True), (empty, False)):
                 found = [member for member in members if (states[member] is State.READY) is ready]
@@ -184,7 +198,9 @@ class Composer:
             return self._new_composition(step)  # of what is behind them
         rollouts = [(group_id, member) for group_id, members in parts for member in members]
         tokens = sum(account.total(rollout) for rollout in rollouts)
-        if self._budget is not None and not self._budget.allows(step, account.pressure(step), tokens):
+        if exact and self._overbooked(step, slots):
+            return None
+        if self._budget is not None and not exact and not self._budget.allows(step, pressure, tokens):
             return None  # what would go stale decodes on, and every event asks again
         for rollout in rollouts:
             self._lengths.composed(*rollout, account.older(rollout, step - self._bound))
@@ -196,6 +212,27 @@ class Composer:
         if self._budget is not None:
             self._budget.composed(step, doomed, tokens, self._generators_room())
         return record
+
+    def _due(self, group_id: int, member: int) -> int:
+        """The last step in which none of its tokens is over eta. One of which no token is known has none of a version
+        that was counted."""
+        version = self._account.oldest((group_id, member))
+        if version is None:
+            version = max(self._ledger.groups[group_id].version, self._counted())
+        return version + self._run.staleness.max_staleness
+
+    def _overbooked(self, step: int, chosen: Slots) -> bool:
+        """Whether what `chosen` leaves is more than the steps after it can take in time."""
+        taken = {group_id: set(members) for group_id, members in chosen}
+        left, unfinished = Counter[int](), Counter[int]()
+        for group in self._ledger.waiting():
+            available = group.available
+            for member, used in enumerate(group.steps):
+                if used == UNUSED and member not in taken.get(group.id, ()):
+                    due = self._due(group.id, member)
+                    left[due] += 1
+                    unfinished[due] += member not in available
+        return overbooked(step, left, unfinished, self._run.step_rollouts)
 
     def _release(self, step: int) -> None:
         """Open groups whose finished members would lose tokens in the next step; one step earlier while there is room

@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from async_rl.config import Run
+from async_rl.controller.backoff import Backoff
 from async_rl.controller.colocation import Colocation
 from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
@@ -80,6 +81,9 @@ TURN_S = 0.001
 """A stream with frames at hand is read for so long; then the others have their turn."""
 FILTERED_WARNING = 10
 """Say so when as many groups were filtered as this many steps hold, and none was trained on."""
+SLOW_RETRY_S = 1.0
+"""From this pause between two tries on, it is said that weights do not arrive."""
+WEIGHT_GROUP = "the weight group"
 NAMED_PENDING = 8
 """The watchdog names so many pending rollouts, the oldest."""
 
@@ -129,13 +133,23 @@ class Controller:
         self._changed: list[float] = []
         """Share of the elements that changed, of each published set where it was measured."""
         self._live_updates = 0
-        self._composer = Composer(run, ledger, room=lambda: self._generators.room, withdraw=self._withdraw)
+        self._composer = Composer(
+            run,
+            ledger,
+            room=lambda: self._generators.room,
+            counted=lambda: self._generators.counted,
+            withdraw=self._withdraw,
+        )
         self._lane = FastLane(self._generators, self._composer, rollouts.send)
         self._length_report: Row | None = None
         """Of the newest complete cohort."""
         self._lengths_biased = False
         self._filtered = 0
         """Groups that were filtered since the last step was composed."""
+        self._failed_in_a_row = 0
+        """Training episodes that failed since the last one that did not."""
+        self._retries = Backoff()
+        """Of weights that did not arrive, by generator or by WEIGHT_GROUP."""
         self._attempts: dict[tuple[int, int], int] = {}
         """How many generators died with a rollout."""
         ledger.on_end = self._rollouts_ended
@@ -247,6 +261,7 @@ class Controller:
         for group in self.ledger.waiting():
             running = group.members(State.RUNNING)
             if running:
+                self.ledger.regenerate(group, running)
                 leases.append(self._lease(group, running, used // size))
             used += group.counted[0]
         self._generators.enqueue(leases)
@@ -290,6 +305,7 @@ class Controller:
     def _stop_clocks(self) -> None:
         """Nobody is declared gone and nothing pending is named from now on."""
         self._watchdog.stop()
+        self._retries.close()
         self._generators.close()
         if self._turns is not None:
             self._turns.close()
@@ -369,6 +385,7 @@ class Controller:
         if lease.purpose == "eval":
             return msgspec.structs.replace(lease, members=left)
         group = self.ledger.groups[lease.group_id]
+        self.ledger.regenerate(group, left)
         self._composer.begun(group, left)
         segments = [segment for member in left for segment in group.segments.get(member, ())]
         return msgspec.structs.replace(lease, members=left, segments=segments)
@@ -467,6 +484,7 @@ class Controller:
                 self._ended(peer, message.group_id, [result.member for result in message.members])
             case Finished(group_id, _, members):
                 self._composer.scored(group_id, members)
+                self._failed_in_a_row = 0
                 self._watchdog.progress()
                 self._ended(peer, group_id, [result.member for result in members])
             case Failed(group_id, _, member):
@@ -480,21 +498,26 @@ class Controller:
                     self._usage.read(peer.name, activity)
             case WeightsLive(weights):
                 peer.weights = weights
+                self._weights_arrived(peer)
                 self._live_updates += 1
                 self._live.set()
                 if self._routes.live(peer):
                     self._regroup()
             case WeightsFailed(weights, reason):
                 log.warning("weights %d did not reach %s: %s", weights.version, peer.name, reason)
-                again = self._routes.failed(peer, weights)
+                again, problem = (
+                    self._routes.failed(peer, weights),
+                    f"weights {weights.version} do not reach {peer.name}",
+                )
                 if again is not None:
-                    self._rollouts.send(peer.id, again)
-                if self._routes.transport(peer) == "process_group":
-                    self._regroup()  # it has left the group
+                    self._try_again(peer.name, lambda: self._announce_again(peer, again), f"{problem}: {reason}")
+                if self._routes.transport(peer) == "process_group":  # it has left the group
+                    self._try_again(WEIGHT_GROUP, self._regroup, f"{problem}: {reason}")
             case Positions(weights, sampled):
                 if peer.counted is not None:
                     for group_id, member, total in sampled:
                         self._composer.sampled(group_id, member, total, peer.counted.version)
+                        self.ledger.sampled(group_id, member, total)
                 peer.counted = weights
                 self._lane.changed()
             case Segment(group_id, member):
@@ -506,8 +529,14 @@ class Controller:
         self.journal.failed(failed.group_id, failed.member, failed.reason, failed.traceback)
         if failed.purpose == "eval":
             self._evaluations.failed(failed)
-        else:
-            self.ledger.fail(failed.group_id, failed.member, failed.reason)
+        elif self.ledger.fail(failed.group_id, failed.member, failed.reason):
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row == self.run_config.failures_in_a_row:
+                raise UserError(
+                    f"{self._failed_in_a_row} episodes in a row failed, the last one with: "
+                    f"{failed.reason.partition(chr(10))[0]} (tracebacks are in {self.journal.failures_path}; "
+                    "environment.failures_in_a_row is the limit). The same command continues the run."
+                )
 
     def _segment(self, peer: Peer, segment: Segment) -> None:
         if self.ledger.segment(segment):
@@ -596,6 +625,22 @@ class Controller:
         if self._turns is not None and announce.transport == "shared_memory":
             self._turns.weights_announced(announce.weights.version)
 
+    def _weights_arrived(self, peer: Peer) -> None:
+        self._retries.worked(peer.name)
+        if all(one.weights == peer.weights for one in self._generators.peers.values()):
+            self._retries.worked(WEIGHT_GROUP)
+
+    def _try_again(self, what: str, again: Callable[[], None], problem: str) -> None:
+        """After a pause that grows with every failure; once it can be noticed, it is said."""
+        pause_s = self._retries.failed(what, again)
+        if pause_s is not None and pause_s >= SLOW_RETRY_S:
+            self.journal.say(f"{problem} (next try in {pause_s:.0f} s)")
+
+    def _announce_again(self, peer: Peer, announce: WeightsAnnounce) -> None:
+        here = self._generators.peers.get(peer.id) is peer
+        if here and (peer.weights is None or peer.weights < announce.weights):
+            self._rollouts.send(peer.id, announce)
+
     # --- training stream --------------------------------------------------------------------------------------
 
     def _send_learner(self, message: ToLearner) -> None:
@@ -622,7 +667,7 @@ class Controller:
             case WeightsFailed(weights, reason, missing):
                 log.warning("weights %d were not published: %s", weights.version, reason)
                 self._routes.group_failed(missing)
-                self._regroup()
+                self._try_again(WEIGHT_GROUP, self._regroup, f"weights {weights.version} were not published: {reason}")
             case Heartbeat(activity):
                 if activity is not None:
                     self._usage.read("learner", activity)
@@ -766,6 +811,7 @@ class Controller:
                 "live_updates": self._live_updates,
                 "lineages": self.ledger.run.lineage,
             },
+            regenerated=self.ledger.run.regenerated,
         )
 
     def _pending(self) -> list[str]:

@@ -97,6 +97,11 @@ class Generators:
         lane = self.lane
         return self._room if lane is None else self._room - lane.free - lane.held + self._lane_size
 
+    @property
+    def counted(self) -> int:
+        """The version since which a generator has not said what its rollouts sampled."""
+        return min((peer.counted.version for peer in self.peers.values() if peer.counted is not None), default=0)
+
     def holder(self, group_id: int, member: int) -> Peer | None:
         """Who works on a rollout."""
         for peer in self.peers.values():

@@ -28,6 +28,7 @@ def report(store: Reader, *, max_staleness: int) -> Report:
 
     duplicates: terminal events beyond the first of a rollout. lost: admitted, and neither ended nor alive.
     over_eta: tokens with weight in a step whose lag was above `max_staleness`.
+    regenerated, regenerated_most: see records.RunRecord.
     """
     run, over_eta = RunRecord(), 0
     ended: Counter[str] = Counter()
@@ -59,6 +60,8 @@ def report(store: Reader, *, max_staleness: int) -> Report:
         "duplicates": sum(count - 1 for count in seen.values()),
         "lost": run.admitted - len(seen) - alive.total(),
         "over_eta": over_eta,
+        "regenerated": run.regenerated,
+        "regenerated_most": run.regenerated_most,
     }
 
 

@@ -56,6 +56,8 @@ class Group:
     """Scored members; dropped from memory when a step that holds them was trained on."""
     segments: dict[int, list[Segment]] = field(default_factory=dict[int, list[Segment]])
     """What running members have sampled, as far as it is kept, in order."""
+    sampled: dict[int, int] = field(default_factory=dict[int, int])
+    """running member -> tokens it had at the last report"""
     keeps_payload: bool = False
     """Its tokens stay on disk for whoever wants to read them."""
     counted: tuple[int, int] = (0, 0)
@@ -156,6 +158,27 @@ class Ledger:
             known.append(segment)
             self._put(_segment_key(segment), segment)
         return True
+
+    def sampled(self, group_id: int, member: int, total: int) -> None:
+        """A running member has so many tokens, durable or not."""
+        group = self.groups.get(group_id)
+        if group is not None and group.states[member] is State.RUNNING and total > group.sampled.get(member, 0):
+            group.sampled[member] = total
+            self._dirty[group.id] = group
+            self._appended += 1
+
+    def regenerate(self, group: Group, members: Iterable[int]) -> None:
+        """These members go on from what is durable of them: count what else they were known to have."""
+        for member in members:
+            durable = sum(len(segment.tokens) // 4 for segment in group.segments.get(member, ()))
+            lost = group.sampled.pop(member, 0) - durable
+            if lost > 0:
+                most = max(lost, self.run.regenerated_most)
+                self.run = msgspec.structs.replace(
+                    self.run, regenerated=self.run.regenerated + lost, regenerated_most=most
+                )
+            self._dirty[group.id] = group
+            self._appended += 1
 
     def score(self, group_id: int, results: Sequence[RolloutResult]) -> list[int]:
         """Results of members; those known already, or of a group that is over, are counted as repeats and ignored.
@@ -301,7 +324,7 @@ class Ledger:
             self._check_conservation()
             for group in self._dirty.values():
                 states_, steps = list[int](group.states), list(group.steps)
-                record = GroupRecord(group.id, group.version, states_, steps, group.baseline)
+                record = GroupRecord(group.id, group.version, states_, steps, group.baseline, group.sampled)
                 key = records.group_key(group.id)
                 self._writes[key] = records.encode(key, record)
             self._dirty.clear()
@@ -370,6 +393,7 @@ class Ledger:
             self._delete(records.payload_key(group.id, member))
 
     def _drop_segments(self, group: Group, member: int) -> None:
+        group.sampled.pop(member, None)
         for segment in group.segments.pop(member, ()):
             self._delete(_segment_key(segment))
 
@@ -420,6 +444,7 @@ class Ledger:
             task = records.decode(task_key, task_value, Task)
             states_ = [State(state) for state in record.states]
             group = Group(record.group_id, task, record.version, states_, record.steps, record.baseline)
+            group.sampled = record.sampled
             if not group.over:
                 group.results = {result.member: result for result in self._payloads(group.id)}
             for segment_key, segment_value in self._store.scan(records.segment_prefix(group.id)):

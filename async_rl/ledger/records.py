@@ -33,6 +33,11 @@ class RunRecord(msgspec.Struct, frozen=True):
     """Version of the newest durable checkpoint: every step below it is in there."""
     best_known_version: int = 0
     """Steps trained so far, over all lineages."""
+    regenerated: int = 0
+    """Tokens that were reported as sampled and had to be sampled again, because they died with their generator or the
+    controller before they were durable. What was sampled since the last report is not known and not in here."""
+    regenerated_most: int = 0
+    """The most that one rollout lost at one death: at most rollout.segment_tokens, if that is not 0."""
 
 
 class GroupRecord(msgspec.Struct, frozen=True):
@@ -47,6 +52,8 @@ class GroupRecord(msgspec.Struct, frozen=True):
     """[G] the step whose batch used the member's slot; -1: none yet, -2: its credit was returned."""
     baseline: dict[int, float] = {}
     """member -> reward of those that had ended when the group was opened to training; empty: it is not open."""
+    sampled: dict[int, int] = {}
+    """running member -> tokens it had at the last report"""
 
 
 class StepRecord(msgspec.Struct, frozen=True):

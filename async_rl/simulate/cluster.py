@@ -80,6 +80,7 @@ class MemoryJournal:
     failures: list[str] = field(default_factory=list[str])
     said: list[str] = field(default_factory=list[str])
     result: Row = field(default_factory=dict[str, Any])
+    failures_path = "this journal"
 
     def step(self, row: Row) -> None:
         self.rows.append(row)

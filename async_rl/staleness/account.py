@@ -94,6 +94,11 @@ class TokenAccount:
         entry = self._rollouts.get(rollout)
         return entry.total if entry is not None else 0
 
+    def oldest(self, rollout: Rollout) -> int | None:
+        """The oldest version that sampled any of its tokens, as far as reported; None: none is known."""
+        entry = self._rollouts.get(rollout)
+        return min(entry.tokens) if entry is not None and entry.tokens else None
+
     def older(self, rollout: Rollout, version: int) -> int:
         """Its tokens that are older than `version`."""
         entry = self._rollouts.get(rollout)

@@ -48,9 +48,14 @@ class MaskBudget:
         """Steps since the last one that had to wait."""
 
     @property
+    def exact(self) -> bool:
+        """Nothing at all may be masked."""
+        return self._budget == 0
+
+    @property
     def waits(self) -> bool:
         """Without a budget: stragglers hold steps back. (With one, steering keeps waiting rare.)"""
-        return self._budget == 0 and self._calm < CALM_STEPS
+        return self.exact and self._calm < CALM_STEPS
 
     def allows(self, step: int, pressure: int, batch_tokens: int) -> bool:
         """Whether the step may be composed now, with so many tokens of decoding rollouts doomed by it. Decoding goes on

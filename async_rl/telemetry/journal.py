@@ -58,6 +58,11 @@ class Journal(Protocol):
     @property
     def evaluations(self) -> Sequence[EvalSummary]: ...
 
+    @property
+    def failures_path(self) -> str:
+        """Where tracebacks are."""
+        ...
+
     def step(self, row: Row) -> None: ...
 
     def evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
@@ -91,6 +96,7 @@ def summarise(
     idle: Mapping[str, Mapping[str, float]],
     cpu: Mapping[str, float],
     versions: Mapping[str, int],
+    regenerated: int = 0,
 ) -> Row:
     """The content of summary.json. Evaluations are greedy, on held-out tasks."""
 
@@ -130,4 +136,5 @@ def summarise(
         },
         "masked_fraction": 1 - weighted / tokens if tokens else 0.0,
         "versions": dict(versions),
+        "regenerated_tokens": regenerated,
     }

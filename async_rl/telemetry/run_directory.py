@@ -162,6 +162,10 @@ class DirectoryJournal:
     def evaluations(self) -> Sequence[EvalSummary]:
         return self._evaluations
 
+    @property
+    def failures_path(self) -> str:
+        return str(self._directory.failures)
+
     def step(self, row: Row) -> None:
         row = {**row, "timestamp": time.time()}
         self._rows.append(row)

@@ -30,6 +30,13 @@ LOOK_S = 0.02
 SERVICES = ("controller", "learner-0", "generator-0")
 ROLLOUTS = 64
 """Of a step."""
+SEGMENT = 2
+"""Tokens of a segment, in runs of answers that have eight."""
+SEGMENTS = (
+    'environment.options={digits=8, reward="distance"}',
+    "rollout.max_new_tokens=8",
+    f"rollout.segment_tokens={SEGMENT}",
+)
 
 
 def pytest_report_header() -> str:
@@ -45,7 +52,7 @@ class Run:
     """A run directory and the `train` process at work on it."""
 
     def __init__(self, start: Any, path: Path, *overrides: str) -> None:
-        self.path, self._start, self._overrides = path, start, overrides
+        self.path, self._start, self.overrides = path, start, overrides
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.closed = threading.Event()
         self.newest_row: dict[str, Any] = {}
@@ -55,7 +62,7 @@ class Run:
 
     def start(self) -> None:
         """The same command, first or again."""
-        self.process = self._start(*self._overrides, run_dir=self.path)
+        self.process = self._start(*self.overrides, run_dir=self.path)
         command = list(self.process.process.args)
         self.sets = [part for flag, value in itertools.pairwise(command) if flag == "--set" for part in (flag, value)]
         threading.Thread(target=self._read_lines, args=(self.process,), daemon=True).start()
@@ -172,6 +179,8 @@ def completes(run: Run, steps: int, *, lost_rows: int = 0) -> dict[str, int]:
     report = check(run.path)
     assert report["admitted"] == report["trained"] + report["filtered"] + report["failed"] + report["cancelled"]
     assert report["trained"] + report["failed"] >= steps * ROLLOUTS
+    if SEGMENTS[-1] in run.overrides:
+        assert report["regenerated_most"] <= SEGMENT, "at most one segment per rollout and kill"
     return report
 
 

@@ -23,7 +23,9 @@ class Desk:
     """A composer and its ledger: steps of Q groups of G, with room for `room` rollouts."""
 
     @classmethod
-    async def open(cls, *, store: MemoryStore | None = None, room: int = 1000, **changes: Any) -> Desk:
+    async def open(
+        cls, *, store: MemoryStore | None = None, room: int = 1000, counted: int = 0, **changes: Any
+    ) -> Desk:
         desk = cls()
         table: dict[str, Any] = {
             "steps": 100,
@@ -35,7 +37,9 @@ class Desk:
         desk.store = MemoryStore() if store is None else store
         desk.ledger = await Ledger.open(desk.store)
         desk.withdrawn = []
-        desk.composer = Composer(recipe(**table), desk.ledger, room=lambda: room, withdraw=desk.withdraw)
+        desk.composer = Composer(
+            recipe(**table), desk.ledger, room=lambda: room, counted=lambda: counted, withdraw=desk.withdraw
+        )
         desk.ledger.on_end = desk.composer.ended
         desk.size = table["rollout"]["group_size"]
         return desk
@@ -348,7 +352,7 @@ def test_the_account_survives_a_restart(virtual: Virtual) -> None:
         tokens = [VersionSpan(0, 5, 0, 0)]
         desk.ledger.segment(Segment(slow.id, 2, 0, 0, 0, bytes(20), bytes(20), tokens))
         await desk.ledger.committed()
-        again = await Desk.open(store=desk.store, staleness={"on_stale": "wait"})
+        again = await Desk.open(store=desk.store, counted=2, staleness={"on_stale": "wait"})
         assert again.composer.tokens(slow.id, 2) == 5 and again.composer.tokens(1, 0) == 10
         assert again.composer.compose(2) is None, "the five tokens of version 0 would be over eta at step 3"
         again.ledger.fail(slow.id, 2, "boom")
@@ -438,3 +442,36 @@ def test_what_kills_generators_is_failed_after_some_attempts(virtual: Virtual, a
         assert not failed and (0, 0) in world.trained
     held = [at for at, group, members in world.leases if group == 0 and 0 in members]
     assert len(held) == min(attempts, 3)
+
+
+@pytest.mark.parametrize(("on_stale", "composed"), [("mask", True), ("wait", False)])
+def test_waiting_leaves_no_more_than_the_next_steps_can_take(virtual: Virtual, on_stale: str, composed: bool) -> None:
+    """Steps of four, eta 2. Two groups of version 0 decode, so that step 1 could take what is younger; but then eight
+    rollouts would be due at step 2, which has four slots."""
+
+    async def main() -> None:
+        desk = await Desk.open(counted=1, staleness={"on_stale": on_stale})
+        slow = [desk.admit(0), desk.admit(0)]
+        for group in slow:
+            for member in range(4):
+                desk.composer.sampled(group.id, member, 5, 0)
+        desk.complete(version=1)
+        assert (desk.composer.compose(1) is not None) is composed
+        desk.score(slow[0], dict.fromkeys(range(4), 1.0))
+        if not composed:
+            assert members(desk.compose(1)) == [(0, member) for member in range(4)]
+
+    virtual(main())
+
+
+def test_waiting_takes_what_is_due_first(virtual: Virtual) -> None:
+    """Admitted first does not mean begun first: a rollout that waited for a slot has more time."""
+
+    async def main() -> None:
+        desk = await Desk.open(counted=2, staleness={"on_stale": "wait"})
+        late, early = desk.admit(0), desk.admit(1)
+        desk.score(late, dict.fromkeys(range(4), 1.0), version=2)
+        desk.score(early, dict.fromkeys(range(4), 1.0), version=1)
+        assert members(desk.compose(3)) == [(early.id, member) for member in range(4)]
+
+    virtual(main())

@@ -16,6 +16,7 @@ from async_rl.errors import UserError
 from async_rl.ledger import inspection, records
 from async_rl.ledger.records import RunRecord
 from async_rl.simulate.virtual_loop import run_virtual
+from async_rl.simulate.workload import GroupDraw
 
 OnStale = Literal["mask", "drop", "wait"]
 runs = settings(max_examples=100, deadline=None, derandomize=True)
@@ -120,6 +121,8 @@ def check_nothing_is_lost_and_nothing_trained_twice(world: World) -> None:
     assert [batch.step for batch in world.surviving] == list(range(run.steps))
     assert len(world.trained) == len(set(world.trained)), "once per surviving lineage"
     assert {rollout for rollout, (event, _) in world.store.ended.items() if event == "trained"} == set(world.trained)
+    segment = run.rollout.segment_tokens
+    assert segment == 0 or report["regenerated_most"] <= segment, "at most one segment per rollout and death"
     known = {"stale", "group_too_small", "run_complete"}
     assert world.reasons("cancelled").keys() <= (known if run.staleness.on_stale == "drop" else known - {"stale"})
     first = {}
@@ -174,6 +177,24 @@ def test_promises_hold_on_any_schedule(on_stale: OnStale) -> None:
     check()
 
 
+@pytest.mark.parametrize("kind", ["generator", "controller"])
+def test_a_death_costs_a_rollout_at_most_a_segment(kind: Literal["generator", "controller"]) -> None:
+    """Counted against what was reported at the last change of weights; without segments, all of that is gone."""
+    lost: dict[int, list[int]] = {0: [], 7: []}
+
+    def mixed(group: int) -> GroupDraw:
+        return GroupDraw([10 if group % 3 else 150, 10], [0.0, 1.0])
+
+    for segment_tokens, found in lost.items():
+        options = {"segment_tokens": segment_tokens}
+        run = recipe(steps=14, rollout=options, generator={"count": 2}, staleness={"on_stale": "off"})
+        plan = Schedule(run, draw=mixed, step_s=0.3)
+        for after in range(12):
+            world = run_virtual(play(replace(plan, faults=(Fault(1.3 + 0.04 * after, kind, 0.5, after % 2),))))
+            found.append(world.report()["regenerated_most"])
+    assert max(lost[7]) <= 7 < max(lost[0]) and sum(lost[7]) > 0
+
+
 @pytest.mark.parametrize("after_ms", range(9))
 def test_a_crash_around_the_end_of_a_step_and_its_checkpoint(after_ms: float) -> None:
     """The learner has saved what the controller did not live to hear of: the step is trained all the same."""
@@ -222,18 +243,11 @@ def check_masking_is_paid_for(world: World, masked: int, budgets: list[WatchedBu
 
 @runs
 @given(schedules("wait", friendly=True))
-def test_waiting_dooms_nothing_that_decodes(schedule: Schedule) -> None:
-    """The exact rule of on_stale = wait, where nothing breaks and weights are live at once: a token over eta belongs to
-    a rollout that had ended when the last step in time for it was composed, and that older ones left no slot in there.
-    """
+def test_waiting_masks_nothing(schedule: Schedule) -> None:
+    """Where nothing breaks and weights are live at once: neither what decodes nor what has ended gets too old."""
     world, _ = watched(schedule)
     check_nothing_is_lost_and_nothing_trained_twice(world)
-    eta = schedule.run.staleness.max_staleness
-    for batch in world.batches:
-        for rollout in batch.rollouts:
-            for lag in lags(batch, rollout):
-                in_time = world.store.composed_at.get(batch.step - lag + eta, 0.0)
-                assert lag <= eta or world.ended_at[sample(rollout.group_id, rollout)] <= in_time
+    assert not any(record.stale_tokens for record in world.store.steps.values())
 
 
 @runs

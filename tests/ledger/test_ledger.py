@@ -64,6 +64,35 @@ def test_a_group_from_admission_to_checkpoint(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["memory", "lmdb"])
+def test_what_was_sampled_and_dies_undurable_is_counted_once(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        store = make_store(kind, tmp_path)
+        ledger = await Ledger.open(store)
+        group = ledger.admit(TASK, 3, version=0)
+        for member, total in ((0, 10), (1, 5), (0, 9), (2, 4)):
+            ledger.sampled(group.id, member, total)
+        ledger.segment(Segment(group.id, 0, 0, 0, 0, bytes(28), bytes(28), [VersionSpan(0, 7, 0, 0)]))
+        ledger.regenerate(group, [0])
+        ledger.regenerate(group, [0])
+        assert (ledger.run.regenerated, ledger.run.regenerated_most) == (3, 3)
+        ledger.score(group.id, [result(2)])
+        ledger.sampled(group.id, 2, 100)
+        await ledger.committed()
+        if kind == "lmdb":
+            await ledger.close()
+            store = make_store(kind, tmp_path)
+        ledger = await Ledger.open(store)
+        group = ledger.groups[group.id]
+        ledger.regenerate(group, [0, 1, 2])
+        await ledger.committed()
+        report = inspection.report(store, max_staleness=0)
+        assert (report["regenerated"], report["regenerated_most"]) == (3 + 5, 5), "what ended died of nothing"
+        await ledger.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["memory", "lmdb"])
 def test_reopening_gives_back_what_was_committed(kind: str, tmp_path: Path) -> None:
     async def main() -> None:
         store = make_store(kind, tmp_path)

@@ -70,3 +70,29 @@ def test_a_missing_extra(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_is_no_run_directory(cli: Any, tmp_path: Path) -> None:
     assert "is no run directory" in refused(cli, "inspect", str(tmp_path), "--check")
     assert "No such file" in refused(cli, "train", str(tmp_path / "missing.toml"))
+
+
+HOPELESS = """
+from async_rl import Policy, Rows, Task, environment
+
+def tasks(seed: int) -> Rows:
+    return Rows([{"prompt": "12="}] * 8, heldout=4, seed=seed)
+
+@environment("hopeless", tasks=tasks)
+async def hopeless(task: Task, policy: Policy) -> float:
+    await policy.chat([{"role": "user", "content": task["prompt"]}])
+    return task["answer"]
+"""
+
+
+def test_an_environment_whose_every_episode_fails(cli: Any, tmp_path: Path) -> None:
+    """What stops it is not that nothing happens: episodes begin and end at full speed."""
+    (tmp_path / "hopeless.py").write_text(HOPELESS)
+    sets = ["environment.name=hopeless", f"environment.module={tmp_path / 'hopeless.py'}", "environment.options={}"]
+    sets += ["evaluation.tasks=0", "environment.failures_in_a_row=100"]
+    run = tmp_path / "run"
+    flags = [part for one in sets for part in ("--set", one)]
+    line = refused(cli, "train", str(SORT), "--run-dir", str(run), *flags)
+    assert "100 episodes in a row failed, the last one with: KeyError: 'answer'" in line
+    assert f"tracebacks are in {run / 'failures.jsonl'}" in line
+    assert 'in hopeless\\n    return task[\\"answer\\"]' in (run / "failures.jsonl").read_text()
