@@ -77,7 +77,8 @@ from async_rl.wire.zeromq import ZmqServer
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, SEGMENT_TOKENS, PROMPT_TOKENS = 2560, 1024, 16
 """8 bytes a token: 20 KB a rollout."""
-GROUPS, SIZE = 32, 8
+GROUPS, SIZE = 64, 8
+"""The steps of the reference cluster."""
 STEP_ROLLOUTS = GROUPS * SIZE
 CHECKPOINT_EVERY = 4
 WARM_UP_S = 2.0

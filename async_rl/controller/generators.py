@@ -230,12 +230,14 @@ class Generators:
         self._watch[peer.id] = loop.call_at(peer.heard + after, self._late, peer)
 
     def _late(self, peer: Peer) -> None:
-        late = asyncio.get_running_loop().time() - peer.heard
-        if late >= self._timeout_s:
+        now = (
+            asyncio.get_running_loop().time()
+        )  # compared with the sums that timers were set to: differences are rounded
+        if now >= peer.heard + self._timeout_s:
             self.remove(peer)
             self._gone(peer.name)
             return
-        if late >= self._silent_s and not peer.silent:
+        if now >= peer.heard + self._silent_s and not peer.silent:
             peer.silent = True
             self._silence(peer)
         self._arm(peer)

@@ -113,7 +113,8 @@ class Ledger:
         """Waiting groups that are not open, by their version at admission."""
         self._dirty: dict[int, Group] = {}
         """Groups whose record is out of date."""
-        self._writes: dict[bytes, bytes | None] = {}
+        self._writes: dict[bytes, object | None] = {}
+        """key -> record, None where it is deleted"""
         self._appended = self._durable = 0
         """Changes made, and the first so many of them that are on disk."""
         self._flushing: asyncio.Task[None] | None = None
@@ -324,13 +325,13 @@ class Ledger:
             self._check_conservation()
             for group in self._dirty.values():
                 states_, steps = list[int](group.states), list(group.steps)
-                record = GroupRecord(group.id, group.version, states_, steps, group.baseline, group.sampled)
-                key = records.group_key(group.id)
-                self._writes[key] = records.encode(key, record)
+                baseline, sampled = dict(group.baseline), dict(group.sampled)
+                record = GroupRecord(group.id, group.version, states_, steps, baseline, sampled)
+                self._writes[records.group_key(group.id)] = record
             self._dirty.clear()
-            self._writes[records.RUN] = records.encode(records.RUN, self.run)
+            self._writes[records.RUN] = self.run
             writes, self._writes, covers = self._writes, {}, self._appended
-            await self._store.commit(writes)
+            await self._store.commit(records.Encoded(writes))
             self._durable = covers
         finally:
             self._flushing = None
@@ -422,7 +423,7 @@ class Ledger:
 
     def _put(self, key: bytes, record: object) -> None:
         self._appended += 1
-        self._writes[key] = records.encode(key, record)
+        self._writes[key] = record
 
     def _delete(self, key: bytes) -> None:
         self._appended += 1

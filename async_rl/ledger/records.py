@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -134,6 +135,24 @@ _decoders: dict[object, msgspec.msgpack.Decoder[object]] = {
 def encode(key: bytes, record: object) -> bytes:
     body = _encoder.encode(record)
     return zlib.crc32(body, zlib.crc32(key)).to_bytes(4, "little") + body
+
+
+class Encoded(Mapping[bytes, bytes | None]):
+    """Records that are encoded when they are read: by the thread that writes them, and only what is still wanted then.
+    Nobody may change them any more."""
+
+    def __init__(self, records: Mapping[bytes, object | None]) -> None:
+        self._records = records
+
+    def __getitem__(self, key: bytes) -> bytes | None:
+        record = self._records[key]
+        return None if record is None else encode(key, record)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
 
 
 def decode(key: bytes, value: bytes, kind: type[T]) -> T:

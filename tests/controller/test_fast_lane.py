@@ -35,7 +35,9 @@ class Desk:
 
     def __init__(self, count: int, credit: int = 4) -> None:
         self.sent: list[tuple[str, list[int]]] = []
-        self.generators = Generators(self.send, lambda _: None, lambda lease: lease, timeout_s=60)
+        self.generators = Generators(
+            self.send, lambda _: None, lambda lease: lease, timeout_s=60, silent_s=60, silence=lambda _: None
+        )
         self.peers: list[Peer] = []
         for index in range(count):
             self.peers.append(self.generators.hello(f"peer-{index}", f"generator-{index}"))
