@@ -112,10 +112,13 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """AdamW on fp32 master weights."""
 
     learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up. constant: then down over `decay_steps`. linear, cosine: down to `final_rate` of the full rate
+    over all the rest of the run."""
     warmup_steps: int = 0
     """Linear from 0."""
     decay_steps: int = 0
-    """The last so many steps: linear down to `final_rate` of the full rate; 0 = constant to the end."""
+    """constant only: the last so many steps, linear down to `final_rate` of the full rate; 0 = constant to the end."""
     final_rate: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -179,6 +182,9 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: str = "auto"
     ranks: int = 1
     """Data-parallel processes."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer and compute the layer again in the backward pass: a third more work, a
+    fraction of the activations' memory."""
     sharding: Literal["none", "full"] = "none"
     """none: every rank holds all weights and optimiser states. full: each holds 1 / ranks of them (FSDP2)."""
 
@@ -588,6 +594,19 @@ def _check(run: Run) -> None:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
     relay = run.weights.relay_url
     demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
+    demand(
+        run.rollout.max_new_tokens < run.learner.microbatch_tokens,
+        "learner.microbatch_tokens",
+        run.learner.microbatch_tokens,
+        f"a rollout is trained whole: write more than rollout.max_new_tokens = {run.rollout.max_new_tokens} and the "
+        "longest prompt",
+    )
+    demand(
+        run.optimizer.schedule == "constant" or not run.optimizer.decay_steps,
+        "optimizer.decay_steps",
+        run.optimizer.decay_steps,
+        f"a {run.optimizer.schedule} schedule decays all the time: write 0, or optimizer.schedule = 'constant'",
+    )
     if run.rollout.filter == "uniform":
         demand(run.rollout.group_size > 1, "rollout.filter", "uniform", "a group of one is always uniform: write none")
     budget = run.staleness.mask_budget

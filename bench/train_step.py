@@ -75,7 +75,7 @@ def ours(rollouts: Rollouts, dtype: str, *, shared: bool) -> Callable[[], float]
         steps=1000,
         model=config.Model(path=str(MODEL)),
         environment=config.Environment(name="sorting"),
-        algorithm=config.Algorithm(options={"guard": "none", "veto": None}),  # random tokens: nobody sampled them
+        algorithm=config.Algorithm(preset="reinforce"),  # no importance weights: nobody sampled these tokens
         learner=config.Learner(dtype=dtype),  # type: ignore[arg-type]
         rollout=config.Rollout(max_new_tokens=512),
     )

@@ -38,6 +38,14 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
         ("steps.more=1", "--set 'steps.more=1': 'steps' is a value, not a section"),
         ("placement=together", "placement = 'together': invalid enum value"),
         ("environment.timeout_s=nan", "environment.timeout_s = nan: write a number above 0"),
+        (
+            "rollout.max_new_tokens=16384",
+            "learner.microbatch_tokens = 16384: a rollout is trained whole: write more than rollout.max_new_tokens",
+        ),
+        (
+            "optimizer={schedule='cosine', decay_steps=3}",
+            "optimizer.decay_steps = 3: a cosine schedule decays all the time: write 0",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(override: str, says: str) -> None:

@@ -23,6 +23,7 @@ from async_rl.batching.deadlines import Slots, earliest_due, overbooked
 from async_rl.batching.plan import plan
 from async_rl.batching.selection import oldest
 from async_rl.config import Run
+from async_rl.errors import UserError
 from async_rl.ledger.ledger import MIN_SURVIVORS, UNUSED, Group, Ledger
 from async_rl.ledger.records import StepRecord
 from async_rl.ledger.states import State
@@ -276,8 +277,10 @@ class Composer:
             baseline = {} if group.baseline.keys() == set(members) else group.baseline
             rollouts += [TrainRollout(group_id, r.member, r.reward, r.sequences, baseline) for r in found]
         learner = self._run.learner
+        lengths = [sum(len(sequence.tokens) // 4 for sequence in rollout.sequences) for rollout in rollouts]
+        _check_cap(rollouts, lengths, learner.microbatch_tokens)
         planned = plan(
-            [sum(len(sequence.tokens) // 4 for sequence in rollout.sequences) for rollout in rollouts],
+            lengths,
             ranks=learner.ranks,
             cap=learner.microbatch_tokens,
             groups=[rollout.group_id for rollout in rollouts],
@@ -293,6 +296,15 @@ class Composer:
         for member in (*group.members(State.SCORED), *group.members(State.READY)):
             self._account.admitted((group.id, member))
             self._account.ended((group.id, member), tokens_by_version(group.results[member]))
+
+
+def _check_cap(rollouts: Sequence[TrainRollout], lengths: Sequence[int], cap: int) -> None:
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        if length > cap:
+            raise UserError(
+                f"learner.microbatch_tokens = {cap}: rollout {rollout.member} of group {rollout.group_id} has {length} "
+                f"tokens with its prompts, and a rollout is trained whole; write at least {length}"
+            )
 
 
 def _means(results: Sequence[RolloutResult]) -> dict[str, float]:

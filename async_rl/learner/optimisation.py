@@ -59,18 +59,23 @@ def ignored() -> None:
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:
-    """Of step number `step`, from 0, of `steps` in all: warm-up, stable, decay (WSD, arXiv 2404.06395).
+    """Of step number `step`, from 0, of `steps` in all. It depends on the number alone, so a resumed run needs no state
+    of a schedule.
 
-    Linear up to the full rate at step `warmup_steps`, constant, then linear to `final_rate` of it over the last
-    `decay_steps`. It depends on the number alone, so a resumed run needs no state of a schedule.
+    Linear up to the full rate at step `warmup_steps`; then, down to `final_rate` of it at the last step,
+        constant   not before the last `decay_steps`, then linear (WSD, arXiv 2404.06395)
+        linear     at once
+        cosine     half a period (SGDR without restarts, arXiv 1608.03983, eq. 5)
     """
     rate = optimizer.learning_rate
     if step + 1 < optimizer.warmup_steps:
         return rate * (step + 1) / optimizer.warmup_steps
-    into_decay = step + 1 - (steps - optimizer.decay_steps)
-    if into_decay <= 0 or optimizer.decay_steps == 0:
+    decay = optimizer.decay_steps if optimizer.schedule == "constant" else steps - optimizer.warmup_steps
+    if decay <= 0:
         return rate
-    return rate * (1 - (1 - optimizer.final_rate) * min(1.0, into_decay / optimizer.decay_steps))
+    done = min(max(0.0, (step + 1 - (steps - decay)) / decay), 1.0)
+    fallen = (1 - math.cos(math.pi * done)) / 2 if optimizer.schedule == "cosine" else done
+    return rate * (1 - (1 - optimizer.final_rate) * fallen)
 
 
 class Optimisation:

@@ -8,12 +8,18 @@ a family of prefix 0.
 Completions of equal length are one block, and a block is one batched call: 512 sequences of 10 tokens are a single
 kernel, 16 ragged ones are 16, and no token ever attends to padding. On CPU this is 2.5 to 4 times the padded speed for
 ragged lengths. A family of few tokens is one masked matrix instead: there the calls would cost more than the products.
-Another device brings its own kernel (varlen, FlashAttention) behind `attend`.
+
+On a GPU in half precision all sequences of a micro-batch are one call of a variable-length kernel (torch's, or that of
+flash-attn), which wants to know where each begins; there every sequence carries its own prompt. In fp32, which these
+kernels do not have, a GPU goes block by block as a CPU does.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,6 +71,10 @@ def shares_prefixes(device: torch.device) -> bool:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float | None) -> Tensor:
     """[1, heads, T, D] queries, [1, kv heads, T, D] keys and values to [1, T, heads, D]."""
+    if query.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16):
+        kernel = varlen_kernel()
+        if kernel is not None:
+            return attend_varlen(kernel, query, key, value, families, scale)
     sizes = [family.tokens for family in families]
     parts = zip(families, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = [_attend_family(family, q, k, v, scale) for family, q, k, v in parts]
@@ -119,6 +129,91 @@ def _flat(x: Tensor) -> Tensor:
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Bounds(NamedTuple):
+    """Where sequences lie in T, as variable-length kernels want to be told."""
+
+    starts: Tensor
+    """[sequences + 1] int32: the first token of each, and T"""
+    longest: int
+    """Tokens"""
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Bounds, float | None], Tensor]
+"""Causal attention: [T, heads, D] queries, [T, kv heads, D] keys and values, bounds, scale -> [T, heads, D]."""
+
+
+def sequence_starts(families: tuple[Family, ...]) -> list[int]:
+    """The first token of every sequence, and the end of the last.
+
+    >>> sequence_starts((Family(0, (Block(2, 3), Block(1, 4))), Family(0, (Block(1, 5),))))
+    [0, 3, 6, 10, 15]
+
+    Raises:
+        ValueError: a family shares a prompt, which `shares_prefixes` denies for devices that ask this.
+    """
+    if any(family.prefix for family in families):
+        raise ValueError("variable-length kernels know no shared prompts: pack with share_prompts=False")
+    blocks = (block for family in families for block in family.blocks)
+    return list(accumulate((block.length for block in blocks for _ in range(block.sequences)), initial=0))
+
+
+@lru_cache(maxsize=8)
+def _bounds(families: tuple[Family, ...], device: torch.device) -> Bounds:
+    """The same for every layer, and for the forward pass that is computed again."""
+    starts = torch.tensor(sequence_starts(families), dtype=torch.int32).to(device, non_blocking=True)
+    return Bounds(starts, max(family.longest for family in families))
+
+
+def attend_varlen(
+    kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float | None
+) -> Tensor:
+    """As `attend`."""
+    bounds = _bounds(families, query.device)
+    # autocast leaves rotated queries and keys in fp32
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return kernel(q, k, v, bounds, scale).unsqueeze(0)
+
+
+@lru_cache(maxsize=1)
+def varlen_kernel() -> Varlen | None:
+    """torch's own where this torch has it, else flash-attn's where it is installed."""
+    return _torch_varlen() or _flash_attn()
+
+
+def _torch_varlen() -> Varlen | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return None  # an earlier interface of it
+
+    def attend_(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+        starts, longest = bounds
+        grouped = query.shape[1] != key.shape[1]
+        output = varlen_attn(
+            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+        )
+        return cast(Tensor, output)
+
+    return attend_
+
+
+def _flash_attn() -> Varlen | None:
+    try:
+        import flash_attn  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    kernel: Any = flash_attn.flash_attn_varlen_func
+
+    def attend_(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+        starts, longest = bounds
+        output: Tensor = kernel(query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=True)
+        return output
+
+    return attend_
 
 
 class _SharedPrefix(torch.autograd.Function):

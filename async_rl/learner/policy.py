@@ -6,10 +6,12 @@ Head and body are one module, because whoever shards its parameters has to gathe
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from async_rl.learner.distributed import Ranks
@@ -35,10 +37,19 @@ class PackedPolicy(nn.Module):
         self.eval()
         use_packed_attention(model)
 
+    def recompute_layers(self) -> None:
+        """Activation checkpointing: keep what goes into a decoder layer, compute the layer again when its gradient is
+        wanted (arXiv 1604.06174). The gradients are the same bit for bit."""
+        for layer in self._layers():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def _layers(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.model.base_model.layers)
+
     def shard(self, ranks: Ranks) -> None:
         """Spread the parameters over the ranks (learner.sharding), before an optimiser is made. From now on all ranks
         make equally many forward and backward passes; one without trained tokens reads a single token."""
-        shard(self, cast(nn.ModuleList, self.model.base_model.layers), ranks, self._low)
+        shard(self, self._layers(), ranks, self._low)
         self._collective = True
 
     def forward(self, tokens: PackedTokens) -> TokenLogprobs:

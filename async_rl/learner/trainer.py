@@ -81,6 +81,8 @@ class Learner:
         self.attention_share = attention_share(self.model.config, self.model.num_parameters())
         """See models.flops."""
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
+        if run.learner.activation_checkpointing:
+            policy.recompute_layers()
         if self._sharded:
             policy.shard(self.ranks)
         elif not run.colocated:  # else it starts off the device

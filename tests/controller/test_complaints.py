@@ -248,6 +248,7 @@ def test_07_a_batch_that_is_one_short_says_what_it_waits_for(virtual: Virtual) -
     run = run_of(
         steps=2,
         rollout={"max_new_tokens": 100_000, "group_size": 4},
+        learner={"microbatch_tokens": 1 << 20},
         staleness={"max_staleness": 0},
         controller={"watchdog_s": 20.0},
     )

@@ -10,6 +10,7 @@ import pytest
 from schedules import Fault, Schedule, num_tokens, play, recipe
 
 from async_rl.controller.composer import Batch, Composer
+from async_rl.errors import UserError
 from async_rl.ledger.ledger import RETURNED, Group, Ledger
 from async_rl.ledger.states import State
 from async_rl.ledger.store import MemoryStore
@@ -402,6 +403,7 @@ def test_the_watchdog_names_who_is_pending_and_where(virtual: Virtual) -> None:
     run = recipe(
         steps=1,
         rollout={"groups_per_step": 2, "group_size": 2, "max_new_tokens": 100_000},
+        learner={"microbatch_tokens": 1 << 20},
         generator={"count": 2, "slots": 1, "queued_rollouts": 1},
         staleness={"max_staleness": 0},
         controller={"watchdog_s": 30.0},
@@ -473,5 +475,17 @@ def test_waiting_takes_what_is_due_first(virtual: Virtual) -> None:
         desk.score(late, dict.fromkeys(range(4), 1.0), version=2)
         desk.score(early, dict.fromkeys(range(4), 1.0), version=1)
         assert members(desk.compose(3)) == [(early.id, member) for member in range(4)]
+
+    virtual(main())
+
+
+def test_a_rollout_longer_than_the_cap_is_named(virtual: Virtual) -> None:
+    async def main() -> None:
+        desk = await Desk.open(learner={"microbatch_tokens": 30}, rollout={"max_new_tokens": 20})
+        group = desk.admit(0)
+        desk.score(group, {0: 1.0, 1: 0.0, 3: 1.0})
+        desk.score(group, {2: 0.0}, tokens=31)
+        with pytest.raises(UserError, match=r"rollout 2 of group 0 has 31 tokens .* write at least 31"):
+            desk.composer.compose(0)
 
     virtual(main())

@@ -196,6 +196,15 @@ def test_warm_up_stable_decay() -> None:
     assert learning_rate(Optimizer(learning_rate=1.0), 0, steps=1) == 1.0
 
 
+def test_linear_and_cosine_decay_over_the_whole_run() -> None:
+    linear = Optimizer(learning_rate=1.0, schedule="linear", warmup_steps=2, final_rate=0.5)
+    assert [learning_rate(linear, step, steps=6) for step in range(6)] == [0.5, 1.0, 0.875, 0.75, 0.625, 0.5]
+    cosine = Optimizer(learning_rate=2.0, schedule="cosine", final_rate=0.0)
+    rates = [learning_rate(cosine, step, steps=4) for step in range(4)]
+    assert rates == pytest.approx([1 + 2**-0.5, 1, 1 - 2**-0.5, 0])
+    assert learning_rate(cosine, 9, steps=4) == 0.0, "past the end it stays there"
+
+
 def test_engine_and_learner_disagreeing_at_equal_version_shows(ranks: Ranks, tmp_path: Path) -> None:
     rollouts = aged(ragged_rollouts(seed=7), (VERSION - 1, VERSION))
     metrics = Learner(tiny_run(), tmp_path, ranks).train(message(rollouts, version=VERSION))

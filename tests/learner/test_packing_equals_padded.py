@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from async_rl.learner import packed_attention
 from async_rl.learner.batch import StepBatch, flatten, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.logprobs import token_logprobs
-from async_rl.learner.packed_attention import run_packed, use_packed_attention
+from async_rl.learner.packed_attention import Bounds, attend_varlen, run_packed, sequence_starts, use_packed_attention
 from async_rl.learner.trainer import Learner, build_objective
 from async_rl.models.loading import build_model
 from async_rl.wire.messages import TrainRollout
@@ -178,6 +179,45 @@ def test_bfloat16_autocast_trains_on_common_prompts(ranks: Ranks, tmp_path: Path
         learner = Learner(tiny_run(learner=LearnerConfig(dtype=dtype)), tmp_path / dtype, ranks)
         losses.append(learner.train(message(ragged_rollouts(seed=3)))["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
+def plain_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
+    """What variable-length kernels promise, sequence by sequence; the kernels themselves are on GPUs."""
+    starts = bounds.starts.tolist()
+    assert bounds.longest == max(end - start for start, end in pairwise(starts))
+    outputs: list[Tensor] = []
+    for start, end in pairwise(starts):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        weights = (q @ k.repeat_interleave(len(q) // len(k), 0).mT) * (scale or q.shape[-1] ** -0.5)
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        weights = weights.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append((weights @ v.repeat_interleave(len(q) // len(v), 0)).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_families_as_variable_length_kernels_want_them(scale: float | None) -> None:
+    step = flatten(message(ragged_rollouts(seed=5)))
+    families = pack(step, range(16), share_prompts=False).tokens.families
+    starts = sequence_starts(families)
+    assert starts[0] == 0 and sorted(np.diff(starts)) == sorted(step.sequences.fed_S[step.sequences.fed_S > 0])
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, starts[-1], 8, generator=generator) for heads in (4, 2, 2))
+    expected = packed_attention.attend(query, key, value, families, scale)
+    found = attend_varlen(plain_varlen, query, key, value, families, scale)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no shared prompts"):
+        sequence_starts(pack(step, range(16)).tokens.families)
+
+
+def test_layers_computed_again_give_the_same_gradient(ranks: Ranks, tmp_path: Path) -> None:
+    found: list[list[Tensor]] = []
+    for recompute in (False, True):
+        run = tiny_run(learner=LearnerConfig(activation_checkpointing=recompute, dtype="bfloat16"))
+        learner = Learner(run, tmp_path / str(recompute), ranks)
+        learner.train(message(ragged_rollouts(seed=3)))
+        found.append([p.grad for p in learner.model.parameters() if p.grad is not None])
+    assert len(found[0]) == 21 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_sequences_longer_than_a_sliding_window_are_refused() -> None:
