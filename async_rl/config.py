@@ -174,6 +174,18 @@ class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sglang: SGLang = SGLang()
 
 
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Low-rank adapters instead of all weights (extra `lora`)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """What they add is scaled by alpha / rank."""
+    targets: list[str] = []
+    """Names of linear layers, such as q_proj; none = all but the head."""
+    save_merged: bool = True
+    """Checkpoints hold the merged model too, for `from_pretrained` and `async-rl eval`; false: the adapters alone."""
+
+
 class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     microbatch_tokens: int = 16384
     """Strict cap of tokens in one packed micro-batch of one rank."""
@@ -185,6 +197,8 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     activation_checkpointing: bool = False
     """Keep only what goes into each layer and compute the layer again in the backward pass: a third more work, a
     fraction of the activations' memory."""
+    lora: Lora | None = None
+    """Train adapters and freeze the rest; default: train everything."""
     sharding: Literal["none", "full"] = "none"
     """none: every rank holds all weights and optimiser states. full: each holds 1 / ranks of them (FSDP2)."""
 
@@ -213,6 +227,9 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     every_steps: int = 100
     keep: int = 2
+    """The newest so many stay."""
+    keep_best: int = 0
+    """And so many of the others, those with the highest reward on the held-out tasks."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -578,6 +595,7 @@ def _check(run: Run) -> None:
         ("reference.refresh_steps", run.reference.refresh_steps),
         ("evaluation.tasks", run.evaluation.tasks),
         ("evaluation.every_steps", run.evaluation.every_steps),
+        ("checkpoint.keep_best", run.checkpoint.keep_best),
         ("generator.max_length", run.generator.max_length),
         ("generator.queued_rollouts", run.generator.queued_rollouts or 0),
         ("simulate.sequence_s", run.simulate.sequence_s),
@@ -601,6 +619,20 @@ def _check(run: Run) -> None:
         f"a rollout is trained whole: write more than rollout.max_new_tokens = {run.rollout.max_new_tokens} and the "
         "longest prompt",
     )
+    if run.checkpoint.keep_best:
+        every, evaluated = run.checkpoint.every_steps, run.evaluation.every_steps
+        demand(run.evaluation.tasks > 0, "evaluation.tasks", 0, "checkpoint.keep_best needs them: write 1 or more")
+        demand(
+            evaluated > 0 and every % evaluated == 0,
+            "evaluation.every_steps",
+            evaluated,
+            f"checkpoint.keep_best needs an evaluation of every checkpoint: write {every} or a divisor of it",
+        )
+    if run.learner.lora is not None:
+        lora, refresh = run.learner.lora, run.reference.refresh_steps
+        demand(lora.rank > 0, "learner.lora.rank", lora.rank, "write a number above 0")
+        demand(lora.alpha > 0, "learner.lora.alpha", lora.alpha, "write a number above 0")
+        demand(not refresh, "reference.refresh_steps", refresh, "a reference beside learner.lora stays: write 0")
     demand(
         run.optimizer.schedule == "constant" or not run.optimizer.decay_steps,
         "optimizer.decay_steps",

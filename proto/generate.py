@@ -68,6 +68,7 @@ EXAMPLES: dict[str, list[Any]] = {
         m.Heartbeat(),
         m.Shutdown("the run ends", True),
         m.DeviceTurn(4, True),
+        m.Evaluated(100, 0.75),
     ],
 }
 """One of every message a stream carries; in the golden frames each is a frame of run epoch 5."""

@@ -46,6 +46,7 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
             "optimizer={schedule='cosine', decay_steps=3}",
             "optimizer.decay_steps = 3: a cosine schedule decays all the time: write 0",
         ),
+        ("checkpoint.keep_best=1", "evaluation.every_steps = 0: checkpoint.keep_best needs an evaluation of every"),
     ],
 )
 def test_a_wrong_field_is_named(override: str, says: str) -> None:

@@ -45,6 +45,7 @@ from async_rl.wire.messages import (
     CheckpointSaved,
     Credit,
     DeviceHeld,
+    Evaluated,
     Failed,
     Finished,
     GeneratorMessage,
@@ -277,8 +278,13 @@ class Controller:
             raise TimeoutError(
                 f"evaluation of version {version} took longer than {EVALUATION_TIMEOUT_S:.0f} s"
             ) from None
-        self.journal.evaluated(summary, samples)
+        self._evaluated(summary, samples)
         return summary
+
+    def _evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
+        self.journal.evaluated(summary, samples)
+        if self.run_config.checkpoint.keep_best:
+            self._send_learner(Evaluated(summary.version, summary.reward))
 
     async def _say_goodbye(self, complete: bool) -> None:
         """Checkpoint, then everybody leaves."""
@@ -689,6 +695,10 @@ class Controller:
         def welcome() -> None:  # whatever else it is sent comes after the ack, from which it learns the epoch
             self._learner = peer_id
             self._training.send(peer_id, HelloAck("learner", lineage))
+            if self.run_config.checkpoint.keep_best:
+                for summary in self.journal.evaluations:
+                    if summary.version <= version:
+                        self._send_learner(Evaluated(summary.version, summary.reward))
             self._regroup()
             if self._turns is not None:
                 self._turns.learner_came()
@@ -734,7 +744,7 @@ class Controller:
             self._trained.set()
         elif run.evaluation.every_steps and self.version % run.evaluation.every_steps == 0:
             leases, evaluated = self._evaluations.begin(self.version)
-            evaluated.add_done_callback(lambda future: self.journal.evaluated(*future.result()))
+            evaluated.add_done_callback(lambda future: self._evaluated(*future.result()))
             self._generators.enqueue(leases)
 
     def _row(self, done: StepDone) -> Row:

@@ -75,7 +75,7 @@ class Footprint(msgspec.Struct, frozen=True):
 
     def checkpoints(self, run: Run) -> int:
         """Those that are kept, and one being written."""
-        return (run.checkpoint.keep + 1) * self.checkpoint
+        return (run.checkpoint.keep + run.checkpoint.keep_best + 1) * self.checkpoint
 
     def by_device(self, run: Run, generator: torch.device, learner: torch.device) -> dict[str, int]:
         """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""

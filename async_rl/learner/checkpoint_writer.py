@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class CheckpointWriter:
         self._directory, self._config, self._ranks = directory, config, ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
+        self._rewards: dict[int, float] = {}
         self._others = ranks.separate(WRITE_TIMEOUT_S) if together else None
 
     def begin(self, version: int, take: Callable[[], Content]) -> Future[Path]:
@@ -73,6 +74,11 @@ class CheckpointWriter:
                 f"{self._directory} after {WRITE_TIMEOUT_S:.0f} s; write a higher number, or use a faster disk"
             ) from None
 
+    def evaluated(self, version: int, reward: float) -> None:
+        """Of a version that is saved, or may be soon. From any thread; what it means for old checkpoints shows when the
+        next one is written."""
+        self._rewards[version] = reward
+
     def close(self) -> None:
         """What is being written is finished."""
         self._thread.shutdown()
@@ -94,5 +100,24 @@ class CheckpointWriter:
         if self._ranks.rank > 0:
             return self._directory
         path = checkpoint.finish(self._directory, version)
-        checkpoint.prune(self._directory, self._config.keep)
+        checkpoint.prune(self._directory, self._config.keep, self._spared())
         return path
+
+    def _spared(self) -> set[int]:
+        """The best, and those whose evaluation may still come."""
+        rewards = self._rewards.copy()
+        saved = [int(path.name[1:]) for path in checkpoint.checkpoints(self._directory)]
+        return spared(saved, rewards, self._config.keep_best)
+
+
+def spared(saved: Iterable[int], rewards: Mapping[int, float], keep_best: int) -> set[int]:
+    """Versions that stay although they are not among the newest: of equal rewards the newer.
+
+    >>> sorted(spared([2, 4, 6, 8, 10], {2: 0.5, 4: 0.75, 6: 0.75, 8: 0.25}, 1))
+    [6, 10]
+    """
+    if not keep_best:
+        return set()
+    saved, newest = set(saved), max(rewards, default=-1)
+    ranked = sorted(saved & rewards.keys(), key=lambda version: (rewards[version], version))
+    return {*ranked[-keep_best:], *(version for version in saved if version > newest)}

@@ -9,6 +9,7 @@ there by another thread, read again by any number of ranks.
 A part without a name is the policy; its files are those of the checkpoint itself, which makes that a model directory:
 
     config.json, model.safetensors ...        Hugging Face format, fp32
+    adapter/                                  with LoRA: what is trained, as peft stores it (learner.lora)
     optimizer.safetensors                     "<parameter name>/<state name>"
     optimizer-00000-of-00002.safetensors ...  instead, where ranks share the parameters: each writes its own rows, and
                                               the header says which, so that any number of ranks can read them again
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from async_rl.errors import AsyncRLError
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.lora import FOLDER, Adapters, is_adapter
 from async_rl.learner.sharding import Rows, gathered, is_sharded, like, local, rows
 
 OPTIMIZER_FILE, SHARD_FILE = "optimizer.safetensors", "optimizer-{:05d}-of-{:05d}.safetensors"
@@ -57,6 +59,8 @@ class Part:
     """Whoever builds it again loads it from `folder(checkpoint)`, with the class that `config.json` names."""
     optimizer: torch.optim.Optimizer | None = None
     """None: nothing trains it, its weights alone are kept."""
+    adapters: Adapters | None = None
+    """What is trained of it, where that is not everything: kept apart, the weights are those with them added."""
 
     def folder(self, checkpoint: Path) -> Path:
         return checkpoint / self.name
@@ -78,7 +82,10 @@ class Weights:
     config: PreTrainedConfig
     generation: GenerationConfig | None
     tensors: dict[str, Tensor]
-    """In the dtype of the parameters."""
+    """In the dtype of the parameters; none where adapters alone are kept."""
+    adapters: Adapters | None
+    adapted: dict[str, Tensor]
+    """The adapters' own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +100,37 @@ class States:
 def copy_part(part: Part, ranks: Ranks) -> Copy:
     """On every rank, if the part is sharded; else rank 0 alone has something to copy."""
     named = list(part.model.named_parameters())
-    tensors = {name: _on_host(tensor) for name, tensor in gathered(named, ranks)}
+    tensors, adapted = _weights(part.adapters, named, ranks)
     weights = None
     if ranks.rank == 0:
         config = copy.deepcopy(part.model.config)
         config.architectures = [type(part.model).__name__]
         config.dtype = part.model.dtype
         generation = getattr(part.model, "generation_config", None)  # a classifier has none
-        weights = Weights(config, generation, tensors)
+        weights = Weights(config, generation, tensors, part.adapters, adapted)
     sharded = is_sharded(tensor for _, tensor in named)
     states = _states(part, ranks, sharded=sharded) if ranks.rank == 0 or sharded else None
     return Copy(part.name, weights, states)
+
+
+def _weights(
+    adapters: Adapters | None, named: Sequence[tuple[str, Tensor]], ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the model, adapters added, and the adapters' own; on rank 0."""
+    adapted: dict[str, Tensor] = {}
+    if adapters is None:
+        return {name: _on_host(tensor) for name, tensor in gathered(named, ranks)}, adapted
+    if not adapters.save_merged:
+        own = [(name, tensor) for name, tensor in named if is_adapter(name)]
+        return {}, {name: _on_host(tensor) for name, tensor in gathered(own, ranks)}
+
+    def noticed() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in gathered(named, ranks):
+            if is_adapter(name):
+                adapted[name] = _on_host(tensor)
+            yield name, tensor
+
+    return {name: _on_host(tensor) for name, tensor in adapters.merged(noticed())}, adapted
 
 
 def _states(part: Part, ranks: Ranks, *, sharded: bool) -> States | None:
@@ -128,7 +155,10 @@ def write_part(copied: Copy, checkpoint: Path) -> None:
         copied.weights.config.save_pretrained(folder)
         if copied.weights.generation is not None:
             copied.weights.generation.save_pretrained(folder)
-        save_torch_state_dict(copied.weights.tensors, folder, metadata={"format": "pt"})
+        if copied.weights.tensors:
+            save_torch_state_dict(copied.weights.tensors, folder, metadata={"format": "pt"})
+        if copied.weights.adapters is not None:
+            copied.weights.adapters.write(copied.weights.adapted, folder / FOLDER)
     if copied.states is not None:
         starts = {STARTS: json.dumps(copied.states.starts)} if copied.states.starts else None
         save_file(copied.states.tensors, folder / copied.states.file, starts)

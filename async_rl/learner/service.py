@@ -24,6 +24,7 @@ from async_rl.wire.messages import (
     CheckpointSaved,
     DeviceHeld,
     DeviceTurn,
+    Evaluated,
     Heartbeat,
     Hello,
     HelloAck,
@@ -214,6 +215,8 @@ class LearnerService:
                         self._welcome.set_result(message)
                     case MicroBatches() | DeviceTurn():
                         self._orders.put_nowait(message)
+                    case Evaluated(version, reward):
+                        self._learner.evaluated(version, reward)
                     case WeightGroup():
                         self._publisher.regroup(message)
                     case Heartbeat():

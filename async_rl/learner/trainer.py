@@ -31,6 +31,7 @@ from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
 from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
+from async_rl.learner.lora import FOLDER, Adapters, add_adapters, load_adapters
 from async_rl.learner.memory import Holdings, holdings
 from async_rl.learner.offload import Offload, Resident
 from async_rl.learner.optimisation import Abandoned, Optimisation, ignored, never
@@ -75,11 +76,18 @@ class Learner:
         found = checkpoint.latest(directory)
         source = run.model if found is None else Model(path=str(found[0]))
         self.tokenizer = load_tokenizer(source)
+        lora = run.learner.lora
         with checkpoint.no_progress_bars():
-            self.model = build_model(source, seed=run.seed, dtype=torch.float32)
+            base = source if lora is None else run.model
+            self.model = build_model(base, seed=run.seed, dtype=torch.float32)
         self.layout: Layout = wire_layout(run, self.model)
         self.attention_share = attention_share(self.model.config, self.model.num_parameters())
         """See models.flops."""
+        self._adapters: Adapters | None = None
+        if lora is not None:
+            self._adapters = add_adapters(self.model, lora, seed=run.seed, base=run.model.path)
+            if found is not None:
+                load_adapters(self.model, found[0] / FOLDER)
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
         if run.learner.activation_checkpointing:
             policy.recompute_layers()
@@ -92,7 +100,7 @@ class Learner:
         self._policy = policy
         with checkpoint.no_progress_bars():
             self.roles = Roles(run, objective, self.ranks, self.tokenizer, resumed)
-        self.parts = [Part("", self.model, self._optimisation.optimizer), *self.roles.parts()]
+        self.parts = [Part("", self.model, self._optimisation.optimizer, self._adapters), *self.roles.parts()]
         """What checkpoints hold."""
         self.offload = Offload([Resident(policy, self._optimisation), *self.roles.residents()], self.ranks.device)
         """For who shares the device with a generator."""
@@ -153,7 +161,10 @@ class Learner:
         self.layout.pack(self._whole_weights(), out)
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return gathered(self.model.named_parameters(), self.ranks, self.layout.entries[0].dtype)
+        named = self.model.named_parameters()
+        if self._adapters is not None:  # merged in full precision, then cast
+            return self._adapters.merged(gathered(named, self.ranks))
+        return gathered(named, self.ranks, self.layout.entries[0].dtype)
 
     def begin_checkpoint(self) -> Future[Path]:
         """Rank 0: copy everything, then write it in the background. The future is done when it is durable.
@@ -169,6 +180,10 @@ class Learner:
             return checkpoint.take(position, self.parts, self.tokenizer, self.ranks)
 
         return self._writer.begin(self.version, take)
+
+    def evaluated(self, version: int, reward: float) -> None:
+        """What these weights reached on held-out tasks. From any thread."""
+        self._writer.evaluated(version, reward)
 
     def save_checkpoint(self) -> Path:
         """`begin_checkpoint`, and wait for it."""

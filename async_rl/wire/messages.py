@@ -372,6 +372,15 @@ class MicroBatches(msgspec.Struct, frozen=True, tag=True):
     """Composed before the checkpoint was lost: trained again under a new lineage, without new terminal events."""
 
 
+class Evaluated(msgspec.Struct, frozen=True, tag=True):
+    """What the weights of `version` reach on the held-out tasks: for checkpoint.keep_best. Said again to a learner that
+    starts."""
+
+    version: int
+    reward: float
+    """Mean over the tasks."""
+
+
 GeneratorMessage: TypeAlias = (
     Hello | Credit | Segment | Positions | Finished | Failed | Heartbeat | WeightsLive | WeightsFailed | DeviceHeld
 )
@@ -387,7 +396,7 @@ LearnerMessage: TypeAlias = (
 )
 """What the learner may send."""
 
-ToLearner: TypeAlias = HelloAck | MicroBatches | WeightGroup | Heartbeat | Shutdown | DeviceTurn
+ToLearner: TypeAlias = HelloAck | MicroBatches | WeightGroup | Heartbeat | Shutdown | DeviceTurn | Evaluated
 """What the learner may receive."""
 
 M = TypeVar("M")

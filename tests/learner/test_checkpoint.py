@@ -90,6 +90,20 @@ def test_only_the_newest_are_kept(ranks: Ranks, tmp_path: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["v00000002", "v00000003"]
 
 
+def test_the_best_are_kept_too(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint is not removed before its evaluation has come."""
+    learner = Learner(tiny_run(checkpoint=Checkpoint(keep=1, keep_best=1)), tmp_path, ranks)
+    rewards = {0: 0.1, 1: 0.9, 2: 0.9, 3: 0.5}
+    left: list[list[str]] = []
+    for version in range(6):
+        learner.save_checkpoint()
+        left.append(sorted(path.name[-1] for path in (tmp_path / CHECKPOINTS).iterdir()))
+        if version - 1 in rewards:  # evaluations take a while
+            learner.evaluated(version - 1, rewards[version - 1])
+        learner.version += 1
+    assert left == [["0"], ["0", "1"], ["0", "1", "2"], ["1", "2", "3"], ["2", "3", "4"], ["2", "4", "5"]]
+
+
 def test_every_part_has_a_folder(ranks: Ranks, tmp_path: Path) -> None:
     """Another module that is trained beside the policy, and one that only has to be there again."""
     run = tiny_run()
