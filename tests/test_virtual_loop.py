@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from async_rl.simulate import virtual_loop
 from async_rl.simulate.virtual_loop import Deadlock, run_virtual
 
 
@@ -28,6 +29,22 @@ def test_waiting_for_nothing_is_an_error() -> None:
         await asyncio.get_running_loop().create_future()
 
     with pytest.raises(Deadlock):
+        run_virtual(main())
+
+
+def test_time_that_stands_still_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual_loop, "MOST_TURNS", 1000)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            loop.call_at(loop.time(), again)
+
+        again()
+        await asyncio.sleep(1)
+
+    with pytest.raises(Deadlock, match="stands still"):
         run_virtual(main())
 
 

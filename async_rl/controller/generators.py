@@ -130,6 +130,8 @@ class Generators:
         if peer.silent:
             peer.silent = False
             self._silence(peer)
+            self._watch[peer.id].cancel()
+            self._arm(peer)
 
     def remove(self, peer: Peer) -> None:
         """It is gone: what it held is leased again, before anything younger."""
@@ -225,19 +227,20 @@ class Generators:
             timer.cancel()
 
     def _arm(self, peer: Peer) -> None:
-        loop = asyncio.get_running_loop()
-        after = self._timeout_s if peer.silent else self._silent_s
-        self._watch[peer.id] = loop.call_at(peer.heard + after, self._late, peer)
+        due = self._due(peer)
+        self._watch[peer.id] = asyncio.get_running_loop().call_at(due, self._late, peer, due)
 
-    def _late(self, peer: Peer) -> None:
-        now = (
-            asyncio.get_running_loop().time()
-        )  # compared with the sums that timers were set to: differences are rounded
-        if now >= peer.heard + self._timeout_s:
+    def _due(self, peer: Peer) -> float:
+        return peer.heard + (self._timeout_s if peer.silent else self._silent_s)
+
+    def _late(self, peer: Peer, due: float) -> None:
+        """The clock is not asked: a loop may call a hair early, and a timer for the same moment would never end."""
+        if self._due(peer) > due:  # heard in between
+            self._arm(peer)
+        elif peer.silent or self._silent_s >= self._timeout_s:
             self.remove(peer)
             self._gone(peer.name)
-            return
-        if now >= peer.heard + self._silent_s and not peer.silent:
+        else:
             peer.silent = True
             self._silence(peer)
-        self._arm(peer)
+            self._arm(peer)

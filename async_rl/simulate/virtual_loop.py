@@ -17,12 +17,14 @@ T = TypeVar("T")
 
 
 class Deadlock(RuntimeError):
-    """Every task waits and no timer is set: in real time this would hang for ever."""
+    """Every task waits and no timer is set, or time stands still: in real time this would hang for ever."""
 
 
 LOOKS_APART = 64
 """Turns of the loop between two looks at the one socket there is, by which the loop wakes itself: a look is a system
 call, and what woke the loop is on its list already."""
+MOST_TURNS = 1 << 20
+"""At one moment. A timer that is set again for the moment at which it fired never ends."""
 
 
 class _JumpingSelector(selectors.SelectSelector):
@@ -30,6 +32,8 @@ class _JumpingSelector(selectors.SelectSelector):
 
     now = 0.0
     _turns = 0
+    _since = 0
+    """The turn in which the clock last moved."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._turns += 1
@@ -39,7 +43,11 @@ class _JumpingSelector(selectors.SelectSelector):
                 return ready
             if timeout is None:
                 raise Deadlock("every task waits and no timer is set")
-        self.now += timeout
+        if timeout > 0:
+            self.now += timeout
+            self._since = self._turns
+        elif self._turns - self._since > MOST_TURNS:
+            raise Deadlock(f"time stands still at {self.now} s: {MOST_TURNS} turns of the loop brought it no further")
         return []
 
 
