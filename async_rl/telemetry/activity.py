@@ -62,6 +62,11 @@ def shares(old: Activity, new: Activity) -> dict[str, float]:
     >>> before = Activity(0.0, {"wait": 1.0, "away": 1.0, "away/step": 1.0}, 0.0)
     >>> shares(before, Activity(4.0, {"wait": 2.0, "away": 4.0, "away/step": 3.0}, 0.0))
     {'wait': 0.25, 'away': 0.25, 'step': 0.5}
+
+    A generator that has had nothing to do yet has never been away:
+
+    >>> shares(Activity(0.0, {"wait": 0.0, "away/step": 0.0}, 0.0), Activity(1.0, {"wait": 1.0, "away/step": 0.0}, 0.0))
+    {'wait': 1.0, 'step': 0.0, 'away': 0.0}
     """
     spent = {cause: seconds - old.seconds.get(cause, 0.0) for cause, seconds in new.seconds.items()}
     total = sum(seconds for cause, seconds in spent.items() if "/" not in cause)
@@ -69,6 +74,6 @@ def shares(old: Activity, new: Activity) -> dict[str, float]:
         return {}
     for cause in [cause for cause in spent if "/" in cause]:
         outer, _, inner = cause.partition("/")
-        spent[inner] = min(spent.pop(cause), spent[outer])
-        spent[outer] -= spent[inner]
+        spent[inner] = min(spent.pop(cause), spent.get(outer, 0.0))
+        spent[outer] = spent.get(outer, 0.0) - spent[inner]
     return {cause: seconds / total for cause, seconds in spent.items()}

@@ -34,6 +34,7 @@ SEGMENT = 2
 """Tokens of a segment, in runs of answers that have eight."""
 SEGMENTS = (
     'environment.options={digits=8, reward="distance"}',
+    "model.tiny.max_length=24",
     "rollout.max_new_tokens=8",
     f"rollout.segment_tokens={SEGMENT}",
 )
