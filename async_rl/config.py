@@ -229,7 +229,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     keep: int = 2
     """The newest so many stay."""
     keep_best: int = 0
-    """And so many of the others, those with the highest reward on the held-out tasks."""
+    """So many with the highest reward on the held-out tasks stay too; the newest may be among them."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

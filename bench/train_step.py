@@ -10,8 +10,8 @@
 
 Useful are the tokens of the rollouts, each with its prompt, whoever computes it how often; padding is not. Every arm
 runs in a process of its own, so that its peak memory is its own (VmHWM), and arms take turns, so that a busy machine
-disturbs all alike. Lengths of `ragged` are lognormal (sigma 0.8), as those of thinking are; `products` are those of
-recipes/products_smollm2.toml: prompt 50 of 75 tokens, groups of 8.
+disturbs all alike. `ragged` are eight rollouts of 20 to 256 tokens, one of them at the cap, as thinking goes;
+`products` are those of recipes/products_smollm2.toml: prompt 50 of 75 tokens, groups of 8.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ARMS = ("ours", "ours_alone", "padded", "trl")
 DTYPES = ("float32", "bfloat16")
 VOCABULARY = 49152
 GROUP = 8
+RAGGED = (20, 40, 40, 60, 60, 80, 120, 256)
 
 Rollouts = list[tuple[int, np.ndarray, int]]
 """(group, [L] int32 tokens, tokens of the prompt)"""
@@ -58,8 +59,7 @@ def workload(name: str) -> Rollouts:
             for _ in range(GROUP):
                 rollouts.append((group, np.concatenate([prompt, text(int(rng.integers(15, 36)))]), 50))
         return rollouts
-    lengths = np.clip(60 * rng.lognormal(0, 0.8, 16), 8, 480).astype(int)
-    return [(0, text(20 + int(length)), 20) for length in lengths]
+    return [(0, text(length), 10) for length in RAGGED]
 
 
 # --- the arms: each makes a function that trains one step -------------------------------------------------------------

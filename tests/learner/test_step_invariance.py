@@ -133,6 +133,25 @@ def test_many_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any, size:
 
 
 @pytest.mark.processes
+def test_sharded_in_bfloat16_over_fp32_weights(ranks: Ranks, tmp_path: Path) -> None:
+    """Gathered and multiplied in bfloat16, which rounds; masters, gradients and what is saved are fp32."""
+    rollouts, both = ragged_rollouts(seed=3), [[list(range(9))], [list(range(9, 16))]]
+    run = tiny_run(learner=LearnerConfig(sharding="full", ranks=2, dtype="bfloat16"))
+    metrics, gradients, weights, mine = in_ranks(2, train_with_others, str(tmp_path / "two"), run, [both])[0]
+    one = Learner(tiny_run(), tmp_path / "one", ranks)
+    exact = outcome(one, message(rollouts))
+    assert metrics[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.05)
+    assert metrics[0]["loss"] != pytest.approx(exact[0]["loss"], rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.05)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == mine[name].dtype == np.float32, name
+    saved = Learner(tiny_run(), tmp_path / "two", ranks)
+    views = saved.layout.views(torch.from_numpy(weights))
+    rounded = [torch.equal(view, view.to(torch.bfloat16).float()) for view in views.values()]
+    assert not any(rounded[:4]), "weights went through bfloat16"
+
+
+@pytest.mark.processes
 def test_resumed_by_any_number_of_ranks_in_any_sharding(ranks: Ranks, tmp_path: Path) -> None:
     optimizer = Optimizer(learning_rate=1e-2, warmup_steps=5, weight_decay=0.1, eps=1e-4)
     whole = list(range(16))
