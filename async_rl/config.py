@@ -420,24 +420,40 @@ def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
     Raises:
         UserError: naming the field, the value and what to write instead.
     """
+    run = from_table(read_table(recipe, overrides))
+    for section in MODEL_SECTIONS:
+        check_model_directory(section, getattr(run, section).path)
+    return run
+
+
+def check_model_directory(section: str, path: str) -> None:
+    """Who only looks at a run needs no model. Raises UserError."""
+    if path and not Path(path).is_dir():
+        raise UserError(f"{section}.path = {path!r}: write the path of a model directory")
+
+
+def read_table(
+    recipe: Path,
+    overrides: typing.Sequence[str],
+    resolve: typing.Callable[[dict[str, Any], Path], None] | None = None,
+) -> dict[str, Any]:
+    """The tables of a recipe with overrides applied and paths made absolute (`resolve`, by default `resolve_paths`).
+
+    Raises:
+        UserError: no such file, no TOML, or an override that is none.
+    """
+    resolve = resolve or resolve_paths
     try:
-        text = recipe.read_text()
+        table = tomllib.loads(recipe.read_text())
     except OSError as error:
         raise UserError(f"recipe {recipe}: {error.strerror}") from None
-    try:
-        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {recipe} is not TOML: {error}") from None
-    resolve_paths(table, recipe.parent)
+    resolve(table, recipe.parent)
     for override in overrides:
         apply_override(table, override)
-    resolve_paths(table, Path())
-    run = from_table(table)
-    for section in MODEL_SECTIONS:
-        path: str = getattr(run, section).path
-        if path and not Path(path).is_dir():  # a run that is only looked at needs no model
-            raise UserError(f"{section}.path = {path!r}: write the path of a model directory")
-    return run
+    resolve(table, Path())
+    return table
 
 
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
@@ -455,21 +471,29 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
 
 def from_table(table: dict[str, Any]) -> Run:
     """A checked recipe from plain tables. Raises UserError as `load` does."""
-    _refuse_unknown(table, Run, "")
-    try:
-        run = msgspec.convert(table, Run)
-    except msgspec.ValidationError as error:
-        raise UserError(_explain(error, table)) from None
+    run = convert(table, Run)
     _check(run)
     return run
 
 
-def dumps(run: Run) -> str:
+S = typing.TypeVar("S", bound=msgspec.Struct)
+
+
+def convert(table: dict[str, Any], struct: type[S]) -> S:
+    """Plain tables as a struct of sections. Raises UserError naming the field of a wrong type or name."""
+    _refuse_unknown(table, struct, "")
+    try:
+        return msgspec.convert(table, struct)
+    except msgspec.ValidationError as error:
+        raise UserError(_explain(error, table)) from None
+
+
+def dumps(run: msgspec.Struct) -> str:
     """The resolved recipe as JSON, every default written out; `from_table(json.loads(...))` reads it back."""
     return json.dumps(msgspec.to_builtins(run), indent=2) + "\n"
 
 
-def differences(old: Run, new: Run) -> list[str]:
+def differences(old: msgspec.Struct, new: msgspec.Struct) -> list[str]:
     """Fields in which two recipes differ, as `section.key: old -> new`."""
     flat_old, flat_new = _flatten(msgspec.to_builtins(old)), _flatten(msgspec.to_builtins(new))
     return [

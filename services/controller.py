@@ -14,7 +14,8 @@ from async_rl.ledger.integrity import naming
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import DATA, LmdbStore
 from async_rl.telemetry.exporters import exporters
-from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory, write_json
+from async_rl.telemetry.files import write_json
+from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.zeromq import ZmqServer
 

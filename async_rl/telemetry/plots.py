@@ -131,13 +131,13 @@ def _progress(rows: Sequence[Row], evaluations: Sequence[EvalSummary]) -> list[P
     versions = [evaluation.version for evaluation in evaluations]
 
     def plot(name: str, title: str, unit: str, key: str, held_out: Callable[[EvalSummary], float]) -> Plot | None:
-        lines = [Line("training", BLUE, _column(rows, key))]
+        lines = [Line("training", BLUE, values_of(rows, key))]
         panel = Panel(unit, lines, (versions, [held_out(evaluation) for evaluation in evaluations]))
         reading = (
             "Thin: every step. Thick: the mean of its neighbours. Dots: held-out tasks, decoded greedily; they say "
             "what was learned, training says what was sampled."
         )
-        return _lines(name, title, reading, rows, [panel])
+        return line_plot(name, title, reading, rows, [panel])
 
     plots = [plot("reward", "Reward: higher is better", "mean reward", "reward", lambda one: one.reward)]
     for name in metric_names(rows, evaluations)[:MAX_METRICS]:
@@ -185,7 +185,7 @@ def _models(rows: Sequence[Row]) -> list[Plot | None]:
 
 def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
     def line(label: str, colour: str, *path: str) -> Line:
-        return Line(label, colour, _column(rows, *path))
+        return Line(label, colour, values_of(rows, *path))
 
     clip_norm = run.optimizer.clip_norm
     clips = [
@@ -195,7 +195,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
         line("dual clip", PURPLE, "clip_fraction_dual"),
     ]
     return [
-        _lines(
+        line_plot(
             "completion_length",
             "Completion length: a steady change is learning, a jump is a warning",
             "Mean of the tokens the policy sampled in a rollout. Near the limit, answers are cut off.",
@@ -208,7 +208,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
                 )
             ],
         ),
-        _lines(
+        line_plot(
             "speed",
             "Tokens per second: higher is better, both sides level",
             "Sampled by the generators and trained on by the learner; the slower side decides how fast the run is.",
@@ -223,7 +223,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
                 )
             ],
         ),
-        _lines(
+        line_plot(
             "weights",
             "Effective sample size: near 100 % is good; clipping: a few % at most",
             "Above: how much of the batch the importance weights leave. Below: tokens clipped, or left out by a guard.",
@@ -237,7 +237,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
                 Panel("% of tokens", [clip for clip in clips if np.nansum(clip.y) > 0] or clips[:1], percent=True),
             ],
         ),
-        _lines(
+        line_plot(
             "stability",
             "Stability: no spikes, entropy above 0",
             "Mismatch: between the policy that sampled and the one that is trained. "
@@ -275,13 +275,15 @@ def _lag(rows: Sequence[Row], bound: int) -> Plot:
             tokens.update({int(lag): count for lag, count in rows[index]["lag"]["tokens"].items()})
         for lag, count in tokens.items():
             share[bands.get(lag, len(kept)), column] += 100 * count / max(1, tokens.total())
-    versions = _column(rows, "version")[[bucket[-1] for bucket in buckets]]
+    versions = values_of(rows, "version")[[bucket[-1] for bucket in buckets]]
     masked = sum(row["masked_fraction"] * row["tokens"] for row in rows) / max(1, sum(row["tokens"] for row in rows))
     title = f"Lag: tokens with weight never over the bound of {bound}; {masked:.1%} masked"
     figure = _figure(title, HEIGHT_IN * 1.35)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.3])
     for label, key, colour, width in (("mean", "mean", BLUE, 3.0), ("oldest with weight", "max", INK, 1.0)):
-        above.plot(*thinned(_column(rows, "version"), _column(rows, "lag", key)), color=colour, lw=width, label=label)
+        above.plot(
+            *thinned(values_of(rows, "version"), values_of(rows, "lag", key)), color=colour, lw=width, label=label
+        )
     above.axhline(bound, color=VERMILION, linestyle="--", linewidth=1.5, label=f"bound {bound}", zorder=3)
     above.set_ylim(-0.2, bound * 1.15 + 0.5)
     _finish(above, "lag, versions")
@@ -324,7 +326,7 @@ def _waiting(shares: Shares) -> Plot:
     return Plot("waiting", title, reading, _png(figure))
 
 
-def _lines(
+def line_plot(
     name: str, title: str, reading: str, rows: Sequence[Row], panels: Sequence[Panel], columns: int = 1
 ) -> Plot | None:
     """One figure of panels over the steps; None where no panel has two values to join."""
@@ -336,7 +338,7 @@ def _lines(
     height = -(-len(panels) // columns)
     figure = _figure(title, HEIGHT_IN * (0.55 + 0.45 * height))
     grid = figure.subplots(height, columns, sharex=True, squeeze=False).ravel()
-    versions = _column(rows, "version")
+    versions = values_of(rows, "version")
     for index, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
         _fill(axes, versions, panel)
         _finish(axes, panel.unit, bottom=index >= len(panels) - columns)
@@ -401,7 +403,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _column(rows: Sequence[Row], *path: str) -> Array:
+def values_of(rows: Sequence[Row], *path: str) -> Array:
     """One number of every row; nan where it is missing or not finite."""
     values: list[float] = []
     for row in rows:

@@ -25,9 +25,10 @@ from async_rl.config import Model, Run
 from async_rl.errors import LedgerCorrupt, MissingExtra, UserError
 from async_rl.ledger import inspection
 from async_rl.telemetry import plots, samples
+from async_rl.telemetry.files import write_atomically
 from async_rl.telemetry.journal import EDGE_STEPS, EvalSummary, Row, summarise
 from async_rl.telemetry.plots import Plot
-from async_rl.telemetry.run_directory import RunDirectory, write_atomically
+from async_rl.telemetry.run_directory import RunDirectory
 from async_rl.telemetry.samples import Pair
 from async_rl.units import size
 

@@ -11,15 +11,13 @@ memory.json       bytes of each model of the learner, by kind and device, after 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import signal
 import time
 import types
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +27,7 @@ from async_rl import config
 from async_rl.config import Run
 from async_rl.errors import UserError
 from async_rl.telemetry.exporters import Exporter
+from async_rl.telemetry.files import append_lines, drop_half_a_line, read_lines, room, write_atomically
 from async_rl.telemetry.journal import EvalSummary, Row
 
 Tell = Callable[[str, Any], None]
@@ -62,16 +61,15 @@ class RunDirectory:
         """
         if self.config.exists():
             old = self.load_config()
-            changed = config.differences(msgspec.structs.replace(old, steps=run.steps), run)
-            if changed:
-                raise UserError(
-                    f"run directory {self.path} holds a run with another recipe ({'; '.join(changed[:3])}): "
-                    "choose another --run-dir, or start it with the recipe it has"
-                )
+            refuse_another(self.path, msgspec.structs.replace(old, steps=run.steps), run)
             if run.steps < old.steps:
                 raise UserError(
                     f"steps = {run.steps}: {self.path} was started for {old.steps} steps; write at least that"
                 )
+        self.write_config(run)
+
+    def write_config(self, run: msgspec.Struct) -> None:
+        """Raises UserError where nothing can be written."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config, config.dumps(run))
@@ -96,17 +94,17 @@ class RunDirectory:
         return json.loads(self.memory.read_text()) if self.memory.exists() else {}
 
     def load_metrics(self) -> list[Row]:
-        return _read_lines(self.metrics)
+        return read_lines(self.metrics)
 
     def load_evaluations(self) -> list[EvalSummary]:
-        return [msgspec.convert(row, EvalSummary) for row in _read_lines(self.evaluations)]
+        return [msgspec.convert(row, EvalSummary) for row in read_lines(self.evaluations)]
 
     def load_samples(self) -> list[Row]:
         """Rollouts of the evaluations, as journal.sample_row makes them."""
-        return _read_lines(self.samples)
+        return read_lines(self.samples)
 
     def load_failures(self) -> list[Row]:
-        return _read_lines(self.failures)
+        return read_lines(self.failures)
 
     def is_complete(self, run: Run) -> bool:
         summary = self.load_summary()
@@ -133,11 +131,21 @@ class RunDirectory:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-        with _room(self.lock):
+        with room(self.lock):
             handle.truncate(0)
             handle.write(f"process {os.getpid()} (started by {os.getppid()}) on {os.uname().nodename}\n")
             handle.flush()
         return handle
+
+
+def refuse_another(path: Path, old: msgspec.Struct, new: msgspec.Struct) -> None:
+    """Raises UserError naming what differs between the recipe a directory was started with and this one."""
+    changed = config.differences(old, new)
+    if changed:
+        raise UserError(
+            f"run directory {path} holds a run with another recipe ({'; '.join(changed[:3])}): "
+            "choose another --run-dir, or start it with the recipe it has"
+        )
 
 
 class DirectoryJournal:
@@ -147,8 +155,8 @@ class DirectoryJournal:
         """tell: called with (kind, data) for whoever watches: "step", "evaluation", "pulse", "summary", "say"."""
         self._directory, self._tell, self._exporters = directory, tell, exporters
         for path in (directory.evaluations, directory.samples, directory.failures):
-            _drop_half_a_line(path)
-        self._rows: list[Row] = _read_lines(directory.metrics)
+            drop_half_a_line(path)
+        self._rows: list[Row] = read_lines(directory.metrics)
         self._evaluations = directory.load_evaluations()
         self._rewrite()
         self._metrics = directory.metrics.open("a")
@@ -169,7 +177,7 @@ class DirectoryJournal:
     def step(self, row: Row) -> None:
         row = {**row, "timestamp": time.time()}
         self._rows.append(row)
-        with _room(self._directory.metrics):
+        with room(self._directory.metrics):
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
         for exporter in self._exporters:
@@ -178,8 +186,8 @@ class DirectoryJournal:
 
     def evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
         self._evaluations.append(summary)
-        _append(self._directory.samples, samples)  # first: whoever sees the evaluation finds its samples
-        _append(self._directory.evaluations, [msgspec.to_builtins(summary)])
+        append_lines(self._directory.samples, samples)  # first: whoever sees the evaluation finds its samples
+        append_lines(self._directory.evaluations, [msgspec.to_builtins(summary)])
         for exporter in self._exporters:
             exporter.export(summary.version, {"evaluation": {"reward": summary.reward, **summary.metrics}})
         self._tell("evaluation", msgspec.to_builtins(summary))
@@ -198,7 +206,7 @@ class DirectoryJournal:
             self._tell("say", f"an episode failed: {reason} (tracebacks are in {self._directory.failures.name})")
         if self._failures <= MAX_FAILURES:
             row = {"group": group_id, "member": member, "reason": reason, "traceback": traceback}
-            _append(self._directory.failures, [row])
+            append_lines(self._directory.failures, [row])
 
     def summary(self, summary: Row) -> None:
         summary = {**summary, "memory": self._directory.load_memory()}
@@ -212,7 +220,7 @@ class DirectoryJournal:
         self._tell("say", line)
 
     def close(self) -> None:
-        with _room(self._directory.metrics):
+        with room(self._directory.metrics):
             self._metrics.close()
         for exporter in self._exporters:
             exporter.close()
@@ -220,52 +228,6 @@ class DirectoryJournal:
     def _rewrite(self) -> None:
         """What was read, whole lines only: a killed process may have left half a line."""
         write_atomically(self._directory.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
-
-
-@contextmanager
-def _room(path: Path) -> Generator[None]:
-    """A full disk is nothing that a restart mends: one line that says which, exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(f"{path}: {error.strerror}: free some and start again with the same command") from None
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    with _room(path), path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_atomically(path, json.dumps(value) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, never half of it."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with _room(path):
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-def _read_lines(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _drop_half_a_line(path: Path) -> None:
-    """What a full disk cut short, so that the next line stands on its own."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _give_up(signum: int, frame: types.FrameType | None) -> None:
