@@ -74,6 +74,14 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def stage(options: argparse.Namespace) -> int:
+    """Train beside RL: SFT, preferences, a reward model, distillation; or merge two models. Also under torchrun."""
+    command = importlib.import_module("async_rl.stages.command")
+    run_dir = Path(options.run_dir or f"runs/{Path(options.recipe).stem}")
+    complete = command.start(options.kind, Path(options.recipe), options.set, run_dir, report=not options.no_report)
+    return 0 if complete else EXIT_STOPPED
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate the newest checkpoint of a run, or any model directory, on the held-out tasks of a recipe."""
     target = importlib.import_module("async_rl.stages.target")
@@ -104,7 +112,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Write plots and report.html of a run, whether or not it is complete."""
-    written = _write_report(RunDirectory(Path(options.run)))
+    stages = importlib.import_module("async_rl.stages.directory")
+    if stages.StageDirectory.is_one(Path(options.run)):
+        write = importlib.import_module("async_rl.stages.report").write_report
+        written = write(stages.StageDirectory(Path(options.run)))
+    else:
+        written = _write_report(RunDirectory(Path(options.run)))
     print("\n".join([written.sentence, *written.missing, f"report: {written.html}"]))
     return 0
 
@@ -186,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--run-dir", help="default: runs/<name of the recipe>; an existing one is continued")
     one.add_argument("--plain", action="store_true", help="lines instead of the live view, also on a terminal")
 
+    one.add_argument("--no-report", action="store_true", help="no plots and report.html at the end")
+
+    one = command("stage", stage, overrides=True)
+    one.add_argument("kind", choices=("sft", "preference", "reward-model", "distill", "merge"))
+    one.add_argument("recipe", help="a TOML file with a [stage] section, such as recipes/stages/sort_sft.toml")
+    one.add_argument("--run-dir", help="default: runs/<name of the recipe>; an existing one is continued")
     one.add_argument("--no-report", action="store_true", help="no plots and report.html at the end")
 
     one = command("eval", evaluate, overrides=True, as_json=True)

@@ -108,7 +108,7 @@ def write_report(directory: RunDirectory) -> Report:
         "missing": missing,
     }
     try:
-        written = _write_plots(directory.plots, drawn)
+        written = write_plots(directory.plots, drawn)
         write_atomically(directory.report, _page(view))
     except OSError as error:
         raise UserError(f"the report of {directory.path} cannot be written ({error.strerror})") from None
@@ -324,7 +324,7 @@ def _visible(value: object) -> object:
     return value.translate(_VISIBLE) if isinstance(value, str) else value
 
 
-def _write_plots(directory: Path, drawn: Sequence[Plot]) -> list[Path]:
+def write_plots(directory: Path, drawn: Sequence[Plot]) -> list[Path]:
     if drawn:
         directory.mkdir(exist_ok=True)
     written: list[Path] = []

@@ -1,0 +1,240 @@
+"""The loop of every stage that trains: rows of a step -> plan over ranks -> packed micro-batches -> one update.
+
+    directory = StageDirectory(Path("runs/sft"))
+    complete = run(recipe, directory, tell)     # False: stopped; the same call goes on from there
+
+Every rank runs this; the first one writes. What a step trains on is a function of the recipe, the data and its number
+(stages.schedule), and weights, optimiser and generators are in the checkpoint: a stage that was stopped and continued
+ends with the same weights, bit for bit on one rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from async_rl.batching.plan import plan
+from async_rl.config import Model
+from async_rl.learner import checkpoint
+from async_rl.learner.checkpoint import Position
+from async_rl.learner.distributed import Ranks, choose_device
+from async_rl.learner.optimisation import Abandoned, Optimisation, Totals
+from async_rl.learner.saved_parts import Part
+from async_rl.models.flops import attention_share
+from async_rl.models.loading import build_model, load_config, load_stop_tokens, load_tokenizer
+from async_rl.models.memory import trim_heap
+from async_rl.stages.data import StageData, load_data
+from async_rl.stages.directory import Row, StageDirectory, StageJournal, Tell, nothing
+from async_rl.stages.interruption import interruptible
+from async_rl.stages.recipe import StageRecipe
+from async_rl.stages.schedule import Schedule
+from async_rl.stages.sft import SFT
+from async_rl.stages.templates import Templates
+from async_rl.stages.trainer import Batch, Trainer
+
+EVALUATION = -1
+"""As a step: what is sampled for an evaluation is the same at every one of them."""
+
+
+def run(recipe: StageRecipe, directory: StageDirectory, tell: Tell) -> bool:
+    """To the end. Returns False when it was stopped before; the directory is held by who calls.
+
+    Raises:
+        UserError: data, model, device or recipe are wrong.
+    """
+    ranks = Ranks.start(choose_device(recipe.learner.device))
+    try:
+        with interruptible() as asked_to_stop:
+            return StageRun(recipe, directory, ranks, tell, asked_to_stop).to_the_end()
+    finally:
+        ranks.stop()
+
+
+class StageRun:
+    """The state between two steps."""
+
+    def __init__(
+        self,
+        recipe: StageRecipe,
+        directory: StageDirectory,
+        ranks: Ranks,
+        tell: Tell = nothing,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.ranks, self._recipe, self._directory, self._stopping = ranks, recipe, directory, asked_to_stop
+        first = ranks.rank == 0
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.data = _load_data(recipe, self.tokenizer)
+        if first:
+            directory.keep_data(self.data.files)
+            checkpoint.remove_partial(directory.files.checkpoints)
+        self.journal = StageJournal(directory, tell if first else nothing, silent=not first)
+        found = checkpoint.latest(directory.files.checkpoints)
+        source = recipe.model if found is None else Model(path=str(found[0]))
+        self.trainer = _trainer(recipe, source, self.data, directory, ranks)
+        model = self.trainer.model
+        schedule = self._schedule()
+        self.steps, self._batches = schedule.count(), schedule.batches()
+        self.optimisation = Optimisation(model.parameters(), recipe.optimizer, self.steps, ranks)
+        self._parts = [Part("", model, self.optimisation.optimizer)]
+        self.step = 0
+        if found is None:
+            torch.manual_seed(recipe.seed)
+        else:
+            path, position = found
+            checkpoint.restore(path, self._parts)
+            self.step = position.version
+        self.journal.rewind(self.step)
+        self._share = attention_share(model.config, model.num_parameters())
+        self._started = time.monotonic() - (self.journal.rows[-1]["wall_s"] if self.journal.rows else 0.0)
+        self._saved = self.step if found is not None else -1
+
+    def to_the_end(self) -> bool:
+        """Train what is left, evaluate, save. Returns False when it was asked to stop."""
+        if self.data.dropped:
+            self.journal.say(f"{self.data.dropped} rows are too long and left out (stage.too_long = 'drop')")
+        every, evaluate_every = self._recipe.checkpoint.every_steps, self._recipe.stage.evaluate_every
+        try:
+            if self.step == 0:
+                self.evaluate()
+            for rows in islice(self._batches, self.step, self.steps):
+                self.train(rows)
+                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
+                    self.evaluate()
+                if self.step % every == 0:
+                    self.save()
+            self.evaluate()
+        except Abandoned:
+            self.save()
+            self.journal.say(f"stopped after step {self.step} of {self.steps}: the same command continues")
+            return False
+        self.save()
+        self._finish()
+        return True
+
+    def train(self, rows: Sequence[int]) -> None:
+        """One optimiser step on these rows of the data.
+
+        Raises:
+            Abandoned: it was asked to stop; no weight has changed.
+        """
+        began = time.monotonic()
+        batch = self.trainer.batch(Batch(self.data.examples, rows), self.step)
+        totals = self._pass(batch)
+        row: Row = {"step": self.step, "version": self.step + 1, "loss": totals.loss, "grad_norm": totals.grad_norm}
+        row |= self.trainer.metrics(batch, {**totals.values, "loss": totals.loss})
+        row |= self.optimisation.update(self.step, totals)
+        trim_heap()
+        self.step += 1
+        now = time.monotonic()
+        row |= {"rows": len(batch.rows), "tokens": batch.trained_tokens, "tokens_read": batch.read_tokens}
+        row["steps"] = self.steps
+        row |= {"tokens_per_s": batch.read_tokens / (now - began), "wall_s": now - self._started}
+        self.journal.step(row)
+
+    def evaluate(self) -> None:
+        """The held-out rows under the weights of now, unless that was done before the stage was stopped.
+
+        Raises:
+            Abandoned: it was asked to stop.
+        """
+        if not self.data.heldout or any(row["version"] == self.step for row in self.journal.evaluations):
+            return
+        with torch.no_grad():
+            batch = self.trainer.batch(Batch(self.data.examples, self.data.heldout), EVALUATION)
+            totals = self._pass(batch)
+        metrics = self.trainer.metrics(batch, {**totals.values, "loss": totals.loss})
+        self.journal.evaluated({"version": self.step, "rows": len(batch.rows), "loss": totals.loss, **metrics})
+
+    def save(self) -> None:
+        """A checkpoint of now, unless there is one."""
+        if self.ranks.rank > 0 or self._saved == self.step:
+            return
+        position = Position(self.step, 0, self.step, self._recipe.seed)
+        directory, keep = self._directory.files.checkpoints, self._recipe.checkpoint.keep
+        checkpoint.save(directory, position, self._parts, self.tokenizer, keep=keep)
+        self._saved = self.step
+
+    def _pass(self, batch: Batch) -> Totals:
+        """Every micro-batch of a step or an evaluation, shared out over the ranks; no weight changes."""
+        lengths, cap = batch.examples.tokens_of(batch.rows), self._recipe.learner.microbatch_tokens
+        planned = plan(lengths, ranks=self.ranks.size, cap=cap, quadratic=self._share)
+        parts = [[batch.rows[place] for place in places] for places in planned[self.ranks.rank]]
+        losses = [partial(self.trainer.loss, batch, part) for part in parts]
+        return self.optimisation.accumulate(losses, self._stopping)
+
+    def _finish(self) -> None:
+        added = self.trainer.finish(Batch(self.data.examples, self.data.train))
+        if self.ranks.rank == 0:
+            self._save_result()
+        evaluations, rows = self.journal.evaluations, self.journal.rows
+        stage = self._recipe.stage
+        self.journal.summary(
+            {
+                "stage": stage.kind,
+                "asked": {"steps": stage.steps, "epochs": stage.epochs},
+                "steps": self.steps,
+                "wall_s": rows[-1]["wall_s"] if rows else 0.0,
+                "loss_first": rows[0]["loss"] if rows else None,
+                "loss_last": rows[-1]["loss"] if rows else None,
+                "eval_before": _plain(evaluations[0]) if evaluations else None,
+                "eval_after": _plain(evaluations[-1]) if evaluations else None,
+                "rows": sum(row["rows"] for row in rows),
+                "tokens": sum(row["tokens"] for row in rows),
+                "dropped": self.data.dropped,
+                "model": str(self._directory.model),
+                **added,
+            }
+        )
+
+    def _save_result(self) -> None:
+        """`model/`, complete or not there."""
+        final = self._directory.model
+        partial_directory = final.with_name(f"{checkpoint.PARTIAL}{final.name}")
+        with checkpoint.no_progress_bars():
+            self.trainer.model.save_pretrained(partial_directory)
+        self.tokenizer.save_pretrained(partial_directory)
+        checkpoint.publish(partial_directory, final)
+
+    def _schedule(self) -> Schedule:
+        """Over the training rows; its numbers are rows of the data."""
+        stage, lengths = self._recipe.stage, self.data.examples.tokens_of(range(len(self.data.examples)))
+        sizes = {"batch_rows": stage.batch_rows, "batch_tokens": stage.batch_tokens}
+        return Schedule(
+            rows=self.data.train,
+            tokens_N=lengths,
+            seed=self._recipe.seed,
+            steps=stage.steps,
+            epochs=stage.epochs,
+            **sizes,
+        )
+
+
+def _plain(evaluation: Row) -> Row:
+    return {name: value for name, value in evaluation.items() if name not in ("timestamp", "version")}
+
+
+def _load_data(recipe: StageRecipe, tokenizer: Any) -> StageData:
+    stage = recipe.stage
+    templates = Templates(
+        tokenizer, load_stop_tokens(recipe.model), template=stage.template, prompt_format=stage.prompt_format
+    )
+    longest = int(load_config(recipe.model).max_position_embeddings)
+    return load_data(recipe, templates, longest=longest)
+
+
+def _trainer(recipe: StageRecipe, source: Model, data: StageData, directory: StageDirectory, ranks: Ranks) -> Trainer:
+    """source: the recipe's model, or the checkpoint from which the stage continues."""
+    return SFT(_causal(source, recipe, ranks), ranks.device, dtype=recipe.learner.dtype)
+
+
+def _causal(source: Model, recipe: StageRecipe, ranks: Ranks) -> PreTrainedModel:
+    with checkpoint.no_progress_bars():
+        model = build_model(source, seed=recipe.seed, dtype=torch.float32)
+    return model.to(ranks.device)  # pyright: ignore[reportArgumentType]

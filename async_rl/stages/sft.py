@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: cross-entropy on responses, a mean over the trained tokens of the whole step.
+
+loss = -sum log pi(token) / tokens,  both over all ranks and micro-batches: any split of the step gives the same update,
+and every token counts alike, however long its sequence (a mean of means would favour short ones).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from async_rl.learner.logprobs import CHUNK_ELEMENTS
+from async_rl.learner.optimisation import Stats
+from async_rl.learner.packed_attention import shares_prefixes
+from async_rl.learner.packing import move
+from async_rl.learner.policy import PackedPolicy
+from async_rl.stages.examples import pack_rows
+from async_rl.stages.trainer import Batch
+
+
+class SFT:
+    """A stages.trainer.Trainer."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, dtype: str) -> None:
+        self.model, self._device = model, device
+        self._policy = PackedPolicy(model, dtype=dtype)
+
+    def batch(self, batch: Batch, step: int) -> Batch:
+        return batch
+
+    def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
+        packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(self._device)), self._device)
+        if torch.is_grad_enabled():
+            loss = -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens
+            return loss, {}
+        logp_K, hit_K = _judged(self._policy, packed.tokens.target_K, self._policy.hidden(packed.tokens))
+        return -logp_K.sum() / batch.trained_tokens, {"hits": hit_K.sum()}
+
+    def metrics(self, batch: Batch, values: dict[str, float]) -> dict[str, float]:
+        metrics = {"perplexity": math.exp(min(values["loss"], 50.0))}
+        if "hits" in values:
+            metrics["token_accuracy"] = values["hits"] / max(1, batch.trained_tokens)
+        return metrics
+
+    def finish(self, train: Batch) -> dict[str, float]:
+        return {}
+
+
+def _judged(policy: PackedPolicy, target_K: Tensor, hidden_KH: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] log-prob of each target, and whether it is the most likely token; in chunks, without gradient."""
+    weight_VH = cast(nn.Linear, policy.model.get_output_embeddings()).weight
+    rows = max(1, CHUNK_ELEMENTS // weight_VH.shape[0])
+    logps, hits = [hidden_KH.new_zeros(0, dtype=torch.float32)], [target_K.new_zeros(0, dtype=torch.bool)]
+    for hidden, target in zip(hidden_KH.split(rows), target_K.split(rows), strict=True):
+        logits = (hidden @ weight_VH.to(hidden.dtype).t()).float()
+        logps.append(torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1))
+        hits.append(logits.argmax(-1) == target)
+    return torch.cat(logps), torch.cat(hits)
