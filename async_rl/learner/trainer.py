@@ -44,7 +44,8 @@ from async_rl.models.flops import attention_share
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.models.memory import trim_heap
 from async_rl.models.parameters import Layout
-from async_rl.telemetry.run_directory import RunDirectory, write_json
+from async_rl.telemetry.files import write_json
+from async_rl.telemetry.run_directory import RunDirectory
 from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.messages import MicroBatches, WeightsId
 
