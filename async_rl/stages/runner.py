@@ -88,7 +88,7 @@ class StageRun:
             torch.manual_seed(recipe.seed)
         else:
             path, position = found
-            checkpoint.restore(path, self._parts)
+            checkpoint.restore(path, self._parts, ranks)
             self.step = position.version
         self.journal.rewind(self.step)
         self._share = attention_share(model.config, model.num_parameters())
@@ -158,7 +158,7 @@ class StageRun:
             return
         position = Position(self.step, 0, self.step, self._recipe.seed)
         directory, keep = self._directory.files.checkpoints, self._recipe.checkpoint.keep
-        checkpoint.save(directory, position, self._parts, self.tokenizer, keep=keep)
+        checkpoint.save(directory, position, self._parts, self.tokenizer, self.ranks, keep=keep)
         self._saved = self.step
 
     def _pass(self, batch: Batch) -> Totals:
