@@ -61,6 +61,12 @@ bench: bench-overlap bench-losses bench-engine bench-ledger bench-weights  ## ev
 bench-ledger: $(STAMP)  ## rollouts a second through the controller and its ledger, beside raw LMDB
 	$(BIN)/python bench/ledger.py
 
+bench-peers: $(STAMP)  ## one step of SFT, DPO and PPO of ours against TRL's trainers: loss and weights after it
+	$(BIN)/python bench/peer_steps.py
+
+bench-stages: $(STAMP)  ## what the recipes of docs/stages.md learn, with a plot
+	$(BIN)/python bench/stages.py
+
 bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, bench-engine
 	$(BIN)/python bench/$(subst -,_,$*).py
 

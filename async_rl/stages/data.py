@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import UserError
+from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.stages.examples import Examples, tokenise
 from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.rows import (
@@ -19,7 +20,6 @@ from async_rl.stages.rows import (
     PromptResponse,
     Ranked,
     RewardRow,
-    Row,
     SFTRow,
     preference_row,
     prompt_response_row,
@@ -50,16 +50,14 @@ class StageData:
     """Path -> sha256 and rows."""
 
 
-def load_data(recipe: StageRecipe, templates: Templates, *, longest: int) -> StageData:
-    """longest: tokens of one sequence that the model can read.
-
-    Raises:
-        UserError: a file, a line, or the split is wrong.
-    """
+def load_data(recipe: StageRecipe) -> StageData:
+    """Raises UserError where a file, a line, or the split is wrong."""
     stage = recipe.stage
-    parse, encode = _format(recipe, templates)
+    parse, encode = _format(recipe, _templates(recipe))
+    longest = int(load_config(recipe.model).max_position_embeddings)
     cap = recipe.learner.microbatch_tokens
     allowed = min(stage.max_tokens or longest, longest, cap)
+    ends = int(stage.kind == "reward-model")
     if stage.kind == "distill" and recipe.distill.responses != "data":
         allowed -= recipe.distill.max_new_tokens
         cap = allowed
@@ -69,7 +67,10 @@ def load_data(recipe: StageRecipe, templates: Templates, *, longest: int) -> Sta
                 f"sequence of at most {allowed + recipe.distill.max_new_tokens}; write less"
             )
     paths = [Path(path) for path in (stage.train, stage.heldout) if path]
-    parts = [_read_part(path, parse, encode, allowed, cap, stage.too_long) for path in paths]
+    parts = [
+        tokenise(read(path, parse), encode, max_tokens=allowed, cap=cap, too_long=stage.too_long, ends=ends)
+        for path in paths
+    ]
     rows, sequences = parts[0][0], parts[0][1]
     if stage.heldout:
         train, heldout = list(range(len(rows))), list(range(len(rows), len(rows) + len(parts[1][0])))
@@ -79,7 +80,7 @@ def load_data(recipe: StageRecipe, templates: Templates, *, longest: int) -> Sta
             raise UserError(f"stage.heldout_rows = {stage.heldout_rows}: there are {len(rows)} rows; write less")
         train, heldout = set_apart(len(rows), stage.heldout_rows, recipe.seed)
     return StageData(
-        Examples.of(sequences),
+        Examples.of(sequences, scored=bool(ends)),
         [row.value for row in rows],
         train,
         heldout,
@@ -88,10 +89,26 @@ def load_data(recipe: StageRecipe, templates: Templates, *, longest: int) -> Sta
     )
 
 
-def _read_part(
-    path: Path, parse: Parse, encode: Encode, allowed: int, cap: int, too_long: Any
-) -> tuple[list[Row[Any]], list[list[Tokens]], int]:
-    return tokenise(read(path, parse), encode, max_tokens=allowed, cap=cap, too_long=too_long)
+def load_references(recipe: StageRecipe) -> Examples | None:
+    """The answers that a reward model scores 0 on average, where the recipe names a file of them."""
+    if not recipe.reward_model.references:
+        return None
+    templates, path = _templates(recipe), Path(recipe.reward_model.references)
+    longest, cap = int(load_config(recipe.model).max_position_embeddings), recipe.learner.microbatch_tokens
+
+    def encode(row: PromptResponse) -> list[Tokens]:
+        return [templates.pair(row.prompt, row.response)]
+
+    _, sequences, _ = tokenise(
+        read(path, prompt_response_row), encode, max_tokens=min(longest, cap), cap=cap, too_long="error", ends=1
+    )
+    return Examples.of(sequences, scored=True)
+
+
+def _templates(recipe: StageRecipe) -> Templates:
+    stage, tokenizer = recipe.stage, load_tokenizer(recipe.model)
+    stop = load_stop_tokens(recipe.model)
+    return Templates(tokenizer, stop, template=stage.template, prompt_format=stage.prompt_format)
 
 
 def facts(path: Path) -> dict[str, Any]:

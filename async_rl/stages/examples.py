@@ -34,16 +34,21 @@ class Examples:
     """Trained tokens of each sequence."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Tokens]]) -> Examples:
+    def of(cls, rows: Sequence[Sequence[Tokens]], *, scored: bool = False) -> Examples:
+        """scored: each sequence is read at its last token, which counts as one trained token more, and its prompt is
+        what comes before its response (learner.packing.Sequences.ending)."""
         flat = [one for row in rows for one in row]
         length_S = np.fromiter((len(one.tokens) for one in flat), np.int64, len(flat))
         tokens_A = np.fromiter((token for one in flat for token in one.tokens), np.int32, int(length_S.sum()))
         trained_A = np.fromiter((flag for one in flat for flag in one.trained), np.bool_, int(length_S.sum()))
         counts_N = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        sequences = Sequences.of(tokens_A, trained_A, length_S)
+        if scored:
+            sequences = Sequences.ending(tokens_A, length_S, sequences.prompt_S)
         return cls(
-            Sequences.of(tokens_A, trained_A, length_S),
+            sequences,
             np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64),
-            np.fromiter((sum(one.trained) for one in flat), np.int64, len(flat)),
+            np.fromiter((1 if scored else sum(one.trained) for one in flat), np.int64, len(flat)),
         )
 
     def __len__(self) -> int:
@@ -97,10 +102,12 @@ def tokenise(
     max_tokens: int,
     cap: int,
     too_long: Literal["error", "drop"],
+    ends: int = 0,
 ) -> tuple[list[Row[R]], list[list[Tokens]], int]:
     """The rows that are kept, their sequences, and how many were dropped because they are too long.
 
-    max_tokens: of one sequence. cap: of all sequences of a row, which train in one micro-batch.
+    max_tokens: of one sequence. cap: of all sequences of a row, which train in one micro-batch. ends: tokens that each
+    sequence takes there besides its own.
 
     Raises:
         UserError: a row cannot be encoded, or is too long and `too_long` is error; it is named by file and line.
@@ -111,7 +118,7 @@ def tokenise(
             encoded = encode(row.value)
         except UserError as error:
             raise UserError(f"{row}: {error}") from None
-        excess = _excess([len(one.tokens) for one in encoded], max_tokens, cap)
+        excess = _excess([len(one.tokens) for one in encoded], max_tokens, cap, ends)
         if excess is None:
             kept.append(row)
             sequences.append(encoded)
@@ -122,9 +129,10 @@ def tokenise(
     return kept, sequences, len(rows) - len(kept)
 
 
-def _excess(lengths: list[int], max_tokens: int, cap: int) -> str | None:
+def _excess(lengths: list[int], max_tokens: int, cap: int, ends: int) -> str | None:
+    total = sum(lengths) + ends * len(lengths)
     if max(lengths) > max_tokens:
         return f"{max(lengths)} tokens, and a sequence has at most {max_tokens}; raise stage.max_tokens, shorten it"
-    if sum(lengths) > cap:
-        return f"{sum(lengths)} tokens do not fit into learner.microbatch_tokens = {cap}; write at least {sum(lengths)}"
+    if total > cap:
+        return f"{total} tokens do not fit into learner.microbatch_tokens = {cap}; write at least {total}"
     return None

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
+import msgspec
 import torch
-from transformers import PreTrainedModel
 
 from async_rl.batching.plan import plan
 from async_rl.config import Model
@@ -27,16 +26,18 @@ from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.optimisation import Abandoned, Optimisation, Totals
 from async_rl.learner.saved_parts import Part
 from async_rl.models.flops import attention_share
-from async_rl.models.loading import build_model, load_config, load_stop_tokens, load_tokenizer
+from async_rl.models.loading import load_tokenizer
 from async_rl.models.memory import trim_heap
-from async_rl.stages.data import StageData, load_data
+from async_rl.models.precision import settle_section
+from async_rl.stages import merge
+from async_rl.stages.data import load_data
 from async_rl.stages.directory import Row, StageDirectory, StageJournal, Tell, nothing
 from async_rl.stages.interruption import interruptible
+from async_rl.stages.kinds import build_trainer
 from async_rl.stages.recipe import StageRecipe
+from async_rl.stages.result import write_model
 from async_rl.stages.schedule import Schedule
-from async_rl.stages.sft import SFT
-from async_rl.stages.templates import Templates
-from async_rl.stages.trainer import Batch, Trainer
+from async_rl.stages.trainer import Batch
 
 EVALUATION = -1
 """As a step: what is sampled for an evaluation is the same at every one of them."""
@@ -48,6 +49,10 @@ def run(recipe: StageRecipe, directory: StageDirectory, tell: Tell) -> bool:
     Raises:
         UserError: data, model, device or recipe are wrong.
     """
+    learner, generator = settle_section(recipe.learner), settle_section(recipe.generator)
+    recipe = msgspec.structs.replace(recipe, learner=learner, generator=generator)
+    if recipe.stage.kind == "merge":
+        return merge.run(recipe, directory, tell)
     ranks = Ranks.start(choose_device(recipe.learner.device))
     try:
         with interruptible() as asked_to_stop:
@@ -70,14 +75,14 @@ class StageRun:
         self.ranks, self._recipe, self._directory, self._stopping = ranks, recipe, directory, asked_to_stop
         first = ranks.rank == 0
         self.tokenizer = load_tokenizer(recipe.model)
-        self.data = _load_data(recipe, self.tokenizer)
+        self.data = load_data(recipe)
         if first:
             directory.keep_data(self.data.files)
             checkpoint.remove_partial(directory.files.checkpoints)
         self.journal = StageJournal(directory, tell if first else nothing, silent=not first)
         found = checkpoint.latest(directory.files.checkpoints)
         source = recipe.model if found is None else Model(path=str(found[0]))
-        self.trainer = _trainer(recipe, source, self.data, directory, ranks)
+        self.trainer = build_trainer(recipe, source, self.data, directory, ranks, asked_to_stop)
         model = self.trainer.model
         schedule = self._schedule()
         self.steps, self._batches = schedule.count(), schedule.batches()
@@ -172,7 +177,7 @@ class StageRun:
     def _finish(self) -> None:
         added = self.trainer.finish(Batch(self.data.examples, self.data.train))
         if self.ranks.rank == 0:
-            self._save_result()
+            write_model(self._directory.model, self.trainer.model, self.tokenizer)
         evaluations, rows = self.journal.evaluations, self.journal.rows
         stage = self._recipe.stage
         self.journal.summary(
@@ -193,15 +198,6 @@ class StageRun:
             }
         )
 
-    def _save_result(self) -> None:
-        """`model/`, complete or not there."""
-        final = self._directory.model
-        partial_directory = final.with_name(f"{checkpoint.PARTIAL}{final.name}")
-        with checkpoint.no_progress_bars():
-            self.trainer.model.save_pretrained(partial_directory)
-        self.tokenizer.save_pretrained(partial_directory)
-        checkpoint.publish(partial_directory, final)
-
     def _schedule(self) -> Schedule:
         """Over the training rows; its numbers are rows of the data."""
         stage, lengths = self._recipe.stage, self.data.examples.tokens_of(range(len(self.data.examples)))
@@ -218,23 +214,3 @@ class StageRun:
 
 def _plain(evaluation: Row) -> Row:
     return {name: value for name, value in evaluation.items() if name not in ("timestamp", "version")}
-
-
-def _load_data(recipe: StageRecipe, tokenizer: Any) -> StageData:
-    stage = recipe.stage
-    templates = Templates(
-        tokenizer, load_stop_tokens(recipe.model), template=stage.template, prompt_format=stage.prompt_format
-    )
-    longest = int(load_config(recipe.model).max_position_embeddings)
-    return load_data(recipe, templates, longest=longest)
-
-
-def _trainer(recipe: StageRecipe, source: Model, data: StageData, directory: StageDirectory, ranks: Ranks) -> Trainer:
-    """source: the recipe's model, or the checkpoint from which the stage continues."""
-    return SFT(_causal(source, recipe, ranks), ranks.device, dtype=recipe.learner.dtype)
-
-
-def _causal(source: Model, recipe: StageRecipe, ranks: Ranks) -> PreTrainedModel:
-    with checkpoint.no_progress_bars():
-        model = build_model(source, seed=recipe.seed, dtype=torch.float32)
-    return model.to(ranks.device)  # pyright: ignore[reportArgumentType]

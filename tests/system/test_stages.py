@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import ROOT, rows, summary
+from .conftest import ROOT, SMALL, SORT, rows, summary
 
 pytestmark = pytest.mark.processes
 SFT = ROOT / "recipes" / "stages" / "sort_sft.toml"
@@ -77,3 +79,31 @@ def test_wrong_input(sft: Any, override: str, says: str) -> None:
     code, printed, errors = sft(override).end(60)
     assert code == 2 and errors.startswith("async-rl: ") and errors.count("\n") == 1, printed + errors
     assert says in errors
+
+
+def stage(cli: Any, kind: str, recipe: str, run: Path, *sets: str) -> str:
+    """Run a recipe to its end; returns what it printed."""
+    arguments = [argument for one in sets for argument in ("--set", one)]
+    path = ROOT / "recipes" / "stages" / recipe
+    code, printed, errors = cli("stage", kind, str(path), "--run-dir", str(run), "--no-report", *arguments).end(90)
+    assert code == 0 and f"model: {run / 'model'}" in printed, printed + errors
+    return printed
+
+
+def test_sft_then_dpo_then_a_merge_then_rl(cli: Any, tmp_path: Path) -> None:
+    """Each takes the directory that the one before has left: `model.path`."""
+    subprocess.run([sys.executable, ROOT / "recipes" / "stages" / "make_data.py", tmp_path], check=True)
+    sft, dpo, merged, rl = (tmp_path / name for name in ("sft", "dpo", "merged", "rl"))
+    rows = [f"stage.train={tmp_path}/sort_sft.jsonl", f"stage.heldout={tmp_path}/sort_sft_heldout.jsonl"]
+    stage(cli, "sft", "sort_sft.toml", sft, *rows, "stage.steps=40", "stage.evaluate_every=0")
+    warm = summary(sft)["eval_after"]["token_accuracy"]
+    assert warm > 0.4
+    rows = [f"stage.train={tmp_path}/sort_pairs.jsonl", f"stage.heldout={tmp_path}/sort_pairs_heldout.jsonl"]
+    stage(cli, "preference", "sort_preference.toml", dpo, *rows, f'model={{path="{sft}/model"}}', "stage.epochs=0.2")
+    assert summary(dpo)["eval_after"]["reward_accuracy"] > summary(dpo)["eval_before"]["reward_accuracy"]
+    stage(cli, "merge", "merge.toml", merged, f"merge.a={sft}/model", f"merge.b={dpo}/model")
+    sets = [f'model={{path="{merged}/model"}}', "steps=2", *SMALL, "evaluation.tasks=64"]
+    arguments = [argument for one in sets for argument in ("--set", one)]
+    code, printed, errors = cli("train", str(SORT), "--run-dir", str(rl), "--no-report", *arguments).end(90)
+    assert code == 0, printed + errors
+    assert summary(rl)["eval_before"]["reward"] > 0.3, "a policy from random weights is right in a tenth of the places"

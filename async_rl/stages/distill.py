@@ -1,0 +1,128 @@
+"""Distillation: a student learns from a teacher with the same vocabulary (algorithms.distillation).
+
+cross_entropy   on the teacher's text: of the data, or sampled from the teacher at every step
+kl              of the two distributions at every token of a response, over the whole vocabulary: on text of the data,
+                of the teacher or, on-policy, of the student itself, which is where reverse KL is right
+
+Both are means over the response tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from async_rl.engines.sampling import rollout_key
+from async_rl.learner.distributed import Ranks
+from async_rl.learner.frozen import Frozen
+from async_rl.learner.optimisation import Stats
+from async_rl.learner.packed_attention import shares_prefixes
+from async_rl.learner.packing import move
+from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.token_kl import token_kl
+from async_rl.stages.examples import Examples, pack_rows
+from async_rl.stages.recipe import StageRecipe
+from async_rl.stages.sampler import Sampler
+from async_rl.stages.templates import Tokens
+from async_rl.stages.trainer import Batch
+
+
+class Distillation:
+    """A stages.trainer.Trainer. Where responses are sampled, the rows of the data are prompts."""
+
+    def __init__(
+        self,
+        recipe: StageRecipe,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        sampler: Sampler | None,
+        ranks: Ranks,
+    ) -> None:
+        """teacher: None for cross-entropy on the data. sampler: of the student's or the teacher's architecture,
+        whichever speaks; None where nobody does."""
+        self.model, self._ranks, self._seed = model, ranks, recipe.seed
+        self._config, dtype = recipe.distill, recipe.learner.dtype
+        temperature = recipe.distill.temperature if recipe.distill.loss == "kl" else 1.0
+        self._temperature = temperature
+        self._policy = PackedPolicy(model, dtype=dtype)
+        self._teacher = self._frozen = None
+        speaks = teacher if recipe.distill.responses == "teacher" else model
+        self._speaker, self._sampler = speaks, sampler
+        if teacher is not None:
+            self._teacher = PackedPolicy(teacher, dtype=dtype)
+            self._frozen = Frozen(self._teacher, ranks.device, dtype=dtype)
+
+    def batch(self, batch: Batch, step: int) -> Batch:
+        """Sampled by all ranks together: each a share of the prompts."""
+        if self._sampler is None or self._speaker is None:
+            return batch
+        sequences = batch.examples.sequences
+        prompts = [
+            sequences.tokens_A[start : start + length].tolist()
+            for start, length in zip(*(x[batch.examples.sequences_of(batch.rows)].tolist() for x in (
+                sequences.start_S, sequences.length_S)), strict=True)
+        ]  # fmt: skip
+        completions = self._sample(prompts, step)
+        rows = [
+            [Tokens(prompt + said, [False] * len(prompt) + [True] * len(said))]
+            for prompt, said in zip(prompts, completions, strict=True)
+        ]
+        return Batch(Examples.of(rows), range(len(rows)))
+
+    def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
+        device = self._ranks.device
+        packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(device)), device)
+        stats: Stats = {}
+        if self._config.loss == "cross_entropy" or not len(packed.tokens.target_K):
+            return -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens, stats
+        assert self._teacher is not None and self._frozen is not None
+        with self._frozen.at_work():
+            teacher_KD = self._teacher.hidden(packed.tokens)
+        kl_K = token_kl(
+            self._policy.hidden(packed.tokens),
+            _head(self.model),
+            teacher_KD,
+            _head(self._teacher.model),
+            direction=self._config.direction,
+            temperature=self._temperature,
+        )
+        return kl_K.sum() / batch.trained_tokens, {"kl": kl_K.detach().sum()}
+
+    def metrics(self, batch: Batch, values: dict[str, float]) -> dict[str, float]:
+        metrics = {"response_tokens": batch.trained_tokens / len(batch.rows)}
+        if "kl" in values:
+            metrics["kl"] = values["kl"] / batch.trained_tokens
+        return metrics
+
+    def finish(self, train: Batch) -> dict[str, float]:
+        if self._sampler is not None:
+            self._sampler.close()
+        return {}
+
+    def _sample(self, prompts: list[list[int]], step: int) -> list[list[int]]:
+        """The same on every rank."""
+        assert self._sampler is not None and self._speaker is not None
+        mine = range(self._ranks.rank, len(prompts), self._ranks.size)
+        weights = {name: parameter.detach() for name, parameter in self._speaker.named_parameters()}
+        limit = self._config.max_new_tokens
+        said = self._sampler.sample(
+            [prompts[number] for number in mine],
+            weights,
+            [rollout_key(rollout_key(self._seed, step + 1), number) for number in mine],
+            max_new_tokens=limit,
+            temperature=self._config.temperature,
+        )
+        together = torch.zeros(len(prompts), limit + 1, dtype=torch.int64)
+        for number, tokens in zip(mine, said, strict=True):
+            together[number, 0] = len(tokens)
+            together[number, 1 : 1 + len(tokens)] = torch.tensor(tokens)
+        self._ranks.sum(together)  # each row was filled by one rank, and is 0 on the others
+        return [row[1 : 1 + row[0]] for row in cast(list[Any], together.tolist())]
+
+
+def _head(model: PreTrainedModel) -> Tensor:
+    return cast(nn.Linear, model.get_output_embeddings()).weight
