@@ -102,14 +102,17 @@ class Optimisation:
     def accumulate(
         self, losses: Sequence[Loss], abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
     ) -> Totals:
-        """Forward and backward passes of this rank's micro-batches, as many on every rank; no weight changes.
+        """Forward and backward passes of this rank's micro-batches, as many on every rank; no weight changes. Under
+        torch.no_grad() forward passes alone: an evaluation, whose grad_norm is 0.
 
         last_begins: called when the last micro-batch of this rank begins.
 
         Raises:
             Abandoned: `abandon` said so on some rank.
         """
-        self._gradients.zero()
+        training = torch.is_grad_enabled()
+        if training:
+            self._gradients.zero()
         stats: list[Stats] = []
         loss = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         for number, compute in enumerate(losses, 1):
@@ -120,16 +123,18 @@ class Optimisation:
             part, part_stats = compute()
             if part.requires_grad:
                 part.backward()
-            elif self._sharded:
+            elif self._sharded and training:
                 raise RuntimeError(
                     "a loss does not depend on the parameters: the other ranks would wait for its gradients"
                 )
             loss += part.detach()
             stats.append(part_stats)
-        self._gradients.reduce()
-        norm = self._gradients.norm().double()
+        norm = 0.0
+        if training:
+            self._gradients.reduce()
+            norm = float(self._gradients.norm().double())
         values = self._reduce({**add_stats(stats), "loss": loss})
-        return Totals(values.pop("loss"), float(norm), values)
+        return Totals(values.pop("loss"), norm, values)
 
     def update(self, step: int, totals: Totals, *, allowed: bool = True) -> dict[str, float]:
         """Change the weights, unless a number is not finite or `allowed` is False (a guard said no): then they stay as

@@ -32,8 +32,8 @@ def start(kind: Kind, path: Path, overrides: Sequence[str], run_dir: Path, *, re
         UserError: the recipe, the data or the directory is wrong.
     """
     recipe, directory = recipes.load(path, kind, overrides), StageDirectory(run_dir)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return _run(recipe, directory, nothing)
+    if int(os.environ.get("RANK", "0")) > 0:  # the first rank says what is to be said
+        return directory.is_complete(recipe) or _run(recipe, directory, nothing)
     continues = directory.create(recipe)
     if directory.is_complete(recipe):
         print(f"{directory.path} is complete: choose another --run-dir, or more steps or epochs")

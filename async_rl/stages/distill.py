@@ -76,9 +76,8 @@ class Distillation:
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         device = self._ranks.device
         packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(device)), device)
-        stats: Stats = {}
-        if self._config.loss == "cross_entropy" or not len(packed.tokens.target_K):
-            return -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens, stats
+        if self._config.loss == "cross_entropy":
+            return -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens, {}
         assert self._teacher is not None and self._frozen is not None
         with self._frozen.at_work():
             teacher_KD = self._teacher.hidden(packed.tokens)

@@ -11,6 +11,7 @@ from async_rl.config import Model
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.scalar import PackedScalar
 from async_rl.models.loading import build_model, load_config, load_stop_tokens, load_tokenizer
 from async_rl.stages.data import StageData, load_references
@@ -46,8 +47,8 @@ def build_trainer(
     match recipe.stage.kind:
         case "preference":
             reference = _reference(recipe, data, directory, ranks, stopping)
-            model = _model(source, recipe, ranks)
-            return PreferenceTrainer(model, ranks.device, recipe.preference, reference, dtype=dtype)
+            policy = _policy(source, recipe, ranks)
+            return PreferenceTrainer(policy, ranks.device, recipe.preference, reference)
         case "reward-model":
             with checkpoint.no_progress_bars():
                 scalar = PackedScalar.load(source, seed=recipe.seed, dtype=dtype)
@@ -57,7 +58,7 @@ def build_trainer(
         case "distill":
             return _distillation(recipe, source, ranks)
         case _:
-            return SFT(_model(source, recipe, ranks), ranks.device, dtype=dtype)
+            return SFT(_policy(source, recipe, ranks), ranks.device, sharded=is_sharded(recipe, ranks))
 
 
 def _reference(
@@ -90,6 +91,21 @@ def _distillation(recipe: StageRecipe, source: Model, ranks: Ranks) -> Trainer:
         speaker = source if distill.responses == "student" else Model(path=distill.teacher)
         sampler = Sampler(recipe.generator, load_config(speaker), load_stop_tokens(speaker))
     return Distillation(recipe, _model(source, recipe, ranks), teacher, sampler, ranks)
+
+
+def is_sharded(recipe: StageRecipe, ranks: Ranks) -> bool:
+    return recipe.learner.sharding == "full" and ranks.size > 1
+
+
+def _policy(source: Model, recipe: StageRecipe, ranks: Ranks) -> PackedPolicy:
+    """What is trained: spread over the ranks if the recipe says so."""
+    if not is_sharded(recipe, ranks):
+        return PackedPolicy(_model(source, recipe, ranks), dtype=recipe.learner.dtype)
+    with checkpoint.no_progress_bars():
+        model = build_model(source, seed=recipe.seed, dtype=torch.float32)
+    policy = PackedPolicy(model, dtype=recipe.learner.dtype)
+    policy.shard(ranks)
+    return policy
 
 
 def _model(source: Model, recipe: StageRecipe, ranks: Ranks, field: str = "model.path") -> PreTrainedModel:

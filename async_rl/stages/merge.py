@@ -10,6 +10,7 @@ from async_rl.algorithms.merge import merge_weights
 from async_rl.config import Model
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
+from async_rl.learner.distributed import Ranks
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.stages.directory import StageDirectory, StageJournal, Tell
 from async_rl.stages.recipe import StageRecipe
@@ -17,12 +18,12 @@ from async_rl.stages.result import write_model
 
 
 def run(recipe: StageRecipe, directory: StageDirectory, tell: Tell) -> bool:
-    """Write `model/` of the run directory.
+    """Write `model/` of the run directory, in one process.
 
     Raises:
         UserError: a model cannot be read, or they have different tensors, shapes or vocabularies.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), Ranks(0, 1, torch.device("cpu"), 0.0)
     a, b, alpha = recipe.merge.a, recipe.merge.b, recipe.merge.alpha
     models, tokenizers = [], []
     for name, path in (("merge.a", a), ("merge.b", b)):
@@ -40,7 +41,7 @@ def run(recipe: StageRecipe, directory: StageDirectory, tell: Tell) -> bool:
     with torch.no_grad():
         for name, weight in merged.items():
             first[name].copy_(weight)
-    write_model(directory.model, models[0], tokenizers[0])
+    write_model(directory.model, models[0], tokenizers[0], ranks)
     asked = {"steps": recipe.stage.steps, "epochs": recipe.stage.epochs}
     wall_s = time.monotonic() - started
     summary = {"stage": "merge", "asked": asked, "steps": 0, "a": a, "b": b, "alpha": alpha, "wall_s": wall_s}

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from async_rl.algorithms.preference import preference_loss
 from async_rl.learner.optimisation import Stats
@@ -32,17 +31,14 @@ class PreferenceTrainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        policy: PackedPolicy,
         device: torch.device,
         preference: Preference,
         reference: Reference | None,
-        *,
-        dtype: str,
     ) -> None:
         """reference: None for SimPO, which has none."""
         assert (reference is None) == (preference.loss == "simpo"), "SimPO loads no reference, the others need one"
-        self.model, self._device = model, device
-        self._policy = PackedPolicy(model, dtype=dtype)
+        self.model, self._policy, self._device = policy.model, policy, device
         self._reference = reference
         self._kind: Literal["dpo", "dpo_norm", "simpo", "ipo"] = preference.loss
         self._beta = BETA[preference.loss] if preference.beta is None else preference.beta

@@ -96,7 +96,8 @@ def draw(kind: Kind, rows: Sequence[Row], evaluations: Sequence[Row]) -> list[Pl
     for name, title, unit, keys in [("loss", "Loss: lower is better", "loss", ("loss",)), *FIGURES[kind]]:
         lines = [Line(key, colour, values_of(rows, key)) for key, colour in zip(keys, COLOURS, strict=False)]
         points = [row.get(keys[0], float("nan")) for row in evaluations]
-        made.append(line_plot(name, title, reading, rows, [Panel(unit, lines, (versions, points))]))
+        panel = Panel(unit, lines, (versions, points), points_label=f"{keys[0]}, held-out")
+        made.append(line_plot(name, title, reading, rows, [panel]))
     health: list[Any] = [
         Panel("norm", [Line("gradient", INK, values_of(rows, "grad_norm"))], spiky=True),
         Panel("", [Line("learning rate", BLUE, values_of(rows, "learning_rate"))]),

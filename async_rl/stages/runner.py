@@ -22,6 +22,7 @@ from async_rl.batching.plan import plan
 from async_rl.config import Model
 from async_rl.learner import checkpoint
 from async_rl.learner.checkpoint import Position
+from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.optimisation import Abandoned, Optimisation, Totals
 from async_rl.learner.saved_parts import Part
@@ -33,7 +34,7 @@ from async_rl.stages import merge
 from async_rl.stages.data import load_data
 from async_rl.stages.directory import Row, StageDirectory, StageJournal, Tell, nothing
 from async_rl.stages.interruption import interruptible
-from async_rl.stages.kinds import build_trainer
+from async_rl.stages.kinds import build_trainer, is_sharded
 from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.result import write_model
 from async_rl.stages.schedule import Schedule
@@ -56,7 +57,11 @@ def run(recipe: StageRecipe, directory: StageDirectory, tell: Tell) -> bool:
     ranks = Ranks.start(choose_device(recipe.learner.device))
     try:
         with interruptible() as asked_to_stop:
-            return StageRun(recipe, directory, ranks, tell, asked_to_stop).to_the_end()
+            stage = StageRun(recipe, directory, ranks, tell, asked_to_stop)
+            try:
+                return stage.to_the_end()
+            finally:
+                stage.close()
     finally:
         ranks.stop()
 
@@ -84,6 +89,8 @@ class StageRun:
         source = recipe.model if found is None else Model(path=str(found[0]))
         self.trainer = build_trainer(recipe, source, self.data, directory, ranks, asked_to_stop)
         model = self.trainer.model
+        self._sharded = is_sharded(recipe, ranks)
+        self._writer = CheckpointWriter(directory.files.checkpoints, recipe.checkpoint, ranks, together=self._sharded)
         schedule = self._schedule()
         self.steps, self._batches = schedule.count(), schedule.batches()
         self.optimisation = Optimisation(model.parameters(), recipe.optimizer, self.steps, ranks)
@@ -117,11 +124,17 @@ class StageRun:
             self.evaluate()
         except Abandoned:
             self.save()
+            self._writer.wait()
             self.journal.say(f"stopped after step {self.step} of {self.steps}: the same command continues")
             return False
         self.save()
+        self._writer.wait()
         self._finish()
         return True
+
+    def close(self) -> None:
+        """A checkpoint that is being written is finished."""
+        self._writer.close()
 
     def train(self, rows: Sequence[int]) -> None:
         """One optimiser step on these rows of the data.
@@ -158,12 +171,12 @@ class StageRun:
         self.journal.evaluated({"version": self.step, "rows": len(batch.rows), "loss": totals.loss, **metrics})
 
     def save(self) -> None:
-        """A checkpoint of now, unless there is one."""
-        if self.ranks.rank > 0 or self._saved == self.step:
+        """A checkpoint of now, unless there is one; it is written while training goes on."""
+        if self._saved == self.step or (self.ranks.rank > 0 and not self._sharded):
             return
         position = Position(self.step, 0, self.step, self._recipe.seed)
-        directory, keep = self._directory.files.checkpoints, self._recipe.checkpoint.keep
-        checkpoint.save(directory, position, self._parts, self.tokenizer, self.ranks, keep=keep)
+        take = partial(checkpoint.take, position, self._parts, self.tokenizer, self.ranks)
+        self._writer.begin(self.step, take)
         self._saved = self.step
 
     def _pass(self, batch: Batch) -> Totals:
@@ -176,8 +189,7 @@ class StageRun:
 
     def _finish(self) -> None:
         added = self.trainer.finish(Batch(self.data.examples, self.data.train))
-        if self.ranks.rank == 0:
-            write_model(self._directory.model, self.trainer.model, self.tokenizer)
+        write_model(self._directory.model, self.trainer.model, self.tokenizer, self.ranks)
         evaluations, rows = self.journal.evaluations, self.journal.rows
         stage = self._recipe.stage
         self.journal.summary(

@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from async_rl.learner.logprobs import CHUNK_ELEMENTS
 from async_rl.learner.optimisation import Stats
@@ -26,16 +25,16 @@ from async_rl.stages.trainer import Batch
 class SFT:
     """A stages.trainer.Trainer."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, *, dtype: str) -> None:
-        self.model, self._device = model, device
-        self._policy = PackedPolicy(model, dtype=dtype)
+    def __init__(self, policy: PackedPolicy, device: torch.device, *, sharded: bool) -> None:
+        """sharded: token accuracy is not measured, its head is nowhere whole."""
+        self.model, self._policy, self._device, self._sharded = policy.model, policy, device, sharded
 
     def batch(self, batch: Batch, step: int) -> Batch:
         return batch
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(self._device)), self._device)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._sharded:
             loss = -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens
             return loss, {}
         logp_K, hit_K = _judged(self._policy, packed.tokens.target_K, self._policy.hidden(packed.tokens))

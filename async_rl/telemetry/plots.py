@@ -84,6 +84,7 @@ class Panel(NamedTuple):
     percent: bool = False
     spiky: bool = False
     """Logarithmic where single values dwarf the others."""
+    points_label: str = "held-out, greedy"
 
 
 def draw(rows: Sequence[Row], evaluations: Sequence[EvalSummary], run: Run, shares: Shares) -> list[Plot]:
@@ -359,7 +360,7 @@ def _fill(axes: Axes, versions: Array, panel: Panel) -> None:
         axes.plot(*thinned(versions, smooth), color=line.colour, linewidth=1.9, label=line.label)
     at, values = panel.points
     if len(at):
-        axes.plot(at, values, "o--", color=VERMILION, markersize=5, linewidth=1, label="held-out, greedy")
+        axes.plot(at, values, "o--", color=VERMILION, markersize=5, linewidth=1, label=panel.points_label)
     if panel.bound is not None:
         label, limit = panel.bound
         highest = max(float(np.nanmax(line.y)) for line in panel.lines)

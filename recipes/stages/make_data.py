@@ -1,7 +1,7 @@
 """Small data for the recipes beside it, from the sorting task: python recipes/stages/make_data.py [DIRECTORY]
 
 sort_sft.jsonl          {"prompt": "3102=", "response": "0123"}
-sort_pairs.jsonl        {"prompt", "chosen", "rejected"}: the sorted digits, and the same digits in another order
+sort_pairs.jsonl        {"prompt", "chosen", "rejected"}: the sorted digits, and the same with another digit for one
 sort_rankings.jsonl     {"prompt", "responses", "ranking"}: four answers, by how many digits stand where they should
 sort_prompts.jsonl      {"prompt"}
 sort_100.jsonl          100 different rows of sort_sft.jsonl
@@ -21,7 +21,7 @@ from typing import Any
 
 from async_rl.environments.sorting import SortingTasks, distance
 
-TRAIN, HELDOUT, FEW, SEED = 1000, 200, 100, 1
+TRAIN, HELDOUT, FEW, SEED = 2000, 200, 100, 1
 
 
 def main(directory: Path) -> None:
@@ -46,9 +46,11 @@ def sft(digits: str) -> dict[str, Any]:
 
 
 def pair(digits: str) -> dict[str, Any]:
-    """Of digits that are all the same there is no other order: another digit takes the last place."""
-    best = "".join(sorted(digits))
-    return {"prompt": f"{digits}=", "chosen": best, "rejected": _worse(digits, random.Random(digits))}
+    return {
+        "prompt": f"{digits}=",
+        "chosen": "".join(sorted(digits)),
+        "rejected": _worse(digits, random.Random(digits)),
+    }
 
 
 def ranking(digits: str) -> dict[str, Any]:
@@ -67,13 +69,11 @@ def ranking(digits: str) -> dict[str, Any]:
 
 
 def _worse(digits: str, rng: random.Random) -> str:
-    best = "".join(sorted(digits))
-    if len(set(digits)) == 1:
-        return best[:-1] + str((int(best[-1]) + 1) % 10)
-    answer = list(best)
-    while "".join(answer) == best:
-        rng.shuffle(answer)
-    return "".join(answer)
+    """In order too, but one digit is another one: only the prompt says that it is worse."""
+    answer = list(digits)
+    place = rng.randrange(len(answer))
+    answer[place] = rng.choice([digit for digit in "0123456789" if digit != answer[place]])
+    return "".join(sorted(answer))
 
 
 if __name__ == "__main__":

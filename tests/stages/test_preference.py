@@ -185,7 +185,7 @@ def test_a_reference_of_another_vocabulary_is_refused(ranks: Ranks, tmp_path: Pa
 def test_dpo_learns_the_order_of_pairs_it_never_saw(ranks: Ranks, data: Path, tmp_path: Path) -> None:
     """The recipe, shorter: real training."""
     sets = [f"stage.train={data}/sort_pairs.jsonl", f"stage.heldout={data}/sort_pairs_heldout.jsonl"]
-    recipe = recipes.load(RECIPES / "sort_preference.toml", "preference", [*sets, "stage.epochs=4"])
+    recipe = recipes.load(RECIPES / "sort_preference.toml", "preference", [*sets, "stage.epochs=11"])
     stage = stage_of(recipe, tmp_path / "run", ranks)
     assert stage.to_the_end()
     first, last = stage.journal.evaluations[0], stage.journal.evaluations[-1]

@@ -98,7 +98,7 @@ def test_reference_answers_score_nothing_on_average(ranks: Ranks, tmp_path: Path
 def test_it_learns_which_answers_are_better(ranks: Ranks, data: Path, tmp_path: Path) -> None:
     """The recipe, shorter: real training, prompts never seen."""
     sets = [f"stage.train={data}/sort_rankings.jsonl", f"stage.heldout={data}/sort_rankings_heldout.jsonl"]
-    recipe = recipes.load(RECIPES / "sort_reward_model.toml", "reward-model", [*sets, "stage.epochs=7"])
+    recipe = recipes.load(RECIPES / "sort_reward_model.toml", "reward-model", [*sets, "stage.epochs=3.5"])
     stage = stage_of(recipe, tmp_path / "run", ranks)
     assert stage.to_the_end()
     first, last = stage.journal.evaluations[0], stage.journal.evaluations[-1]

@@ -113,6 +113,7 @@ def test_killed_after_a_checkpoint_it_goes_back_there(ranks: Ranks, tmp_path: Pa
         killed.train(rows)
         if killed.step == 2:
             killed.save()
+    killed.close()
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ver')
     again = stage_of(recipe, tmp_path / "killed", ranks)
@@ -174,10 +175,11 @@ def test_data_that_changed_since_the_start_is_refused(ranks: Ranks, tmp_path: Pa
         stage_of(with_steps(recipe, 2), tmp_path / "run", ranks)
 
 
-def serve_rank(rank: int, size: int, port: int, file: str, directory: str, results: Connection) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def serve_rank(rank: int, port: int, file: str, directory: str, sharding: str, results: Connection) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    recipe = recipe_of("sft", Path(file), stage={"steps": 3, "batch_rows": 5, "heldout_rows": 3})
+    recipe = recipe_of("sft", Path(file), stage={"steps": 3, "batch_rows": 5, "heldout_rows": 3},
+                       learner={"sharding": sharding}, checkpoint={"every_steps": 2})  # fmt: skip
     directory_ = StageDirectory(Path(directory))
     if rank == 0:
         directory_.create(recipe)
@@ -187,7 +189,9 @@ def serve_rank(rank: int, size: int, port: int, file: str, directory: str, resul
 
 
 @pytest.mark.processes
-def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: str) -> None:
+    """Also where they share the weights between them."""
     file = ragged(tmp_path / "rows.jsonl")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -195,7 +199,7 @@ def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path) -> None:
     ends, processes = [], []
     for rank in range(2):
         ours, theirs = context.Pipe()
-        arguments = (rank, 2, port, str(file), str(tmp_path / "two"), theirs)
+        arguments = (rank, port, str(file), str(tmp_path / "two"), sharding, theirs)
         process = context.Process(target=serve_rank, args=arguments, daemon=True)
         process.start()
         theirs.close()
