@@ -153,21 +153,21 @@ def _models(rows: Sequence[Row]) -> list[Plot | None]:
     """What the models beside the policy say: the parts of the reward, and the critic."""
 
     def line(label: str, colour: str, key: str) -> Line:
-        return Line(label, colour, _column(rows, key))
+        return Line(label, colour, values_of(rows, key))
 
     parts = [
         line("reward model", PURPLE, "reward_model"),
         line("environment", BLUE, "reward_environment"),
     ]
     return [
-        _lines(
+        line_plot(
             "reward_parts",
             "Parts of the reward: both should rise",
             "Score of the reward model and reward of the environment. Where the score rises alone, it is being hacked.",
             rows,
             [Panel("mean reward", parts)],
         ),
-        _lines(
+        line_plot(
             "critic",
             "Critic: explained variance near 1 is good, values follow returns",
             "Explained variance: how much of the returns of the tokens of a step the critic foresaw; at 0 advantages "
