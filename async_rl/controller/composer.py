@@ -159,8 +159,8 @@ class Composer:
         return ceil(LANE_SHARE * self.room) if wanted else 0
 
     def waited_for(self) -> list[Rollout]:
-        """Those that decode and would make the next step wait, most tokens first."""
-        return self._account.longest_decoding(self.next_step - self._run.staleness.max_staleness)
+        """Those that decode and would make the next step wait, or the one after it; most tokens first."""
+        return self._account.longest_decoding(self.next_step + 1 - self._run.staleness.max_staleness)
 
     # --- composition ------------------------------------------------------------------------------------------
 

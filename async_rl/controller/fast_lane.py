@@ -1,4 +1,4 @@
-"""The fast lane: one generator that runs few rollouts, for those that the next step waits for.
+"""The fast lane: one generator that runs few rollouts, for those that the next two steps wait for.
 
 Where nothing may be masked, a step waits until the last rollout with a token of its version - eta has ended. An engine
 decodes faster the fewer it runs, so these rollouts move to one that runs hardly anything else:
