@@ -36,7 +36,9 @@ from async_rl.engines.protocol import Request, Snapshot, Swap
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.lora import add_adapters
 from async_rl.learner.saved_parts import Part
+from async_rl.models.loading import build_model
 from async_rl.models.tiny import tiny_config, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,6 +384,21 @@ def test_syncing(tmp_path: Path) -> None:
 
 
 # --- a recipe on the machine ------------------------------------------------------------------------------------------
+
+
+def test_footprint_of_what_is_shared_adapted_or_computed_again(recipe: Path) -> None:
+    plain = footprint(load(recipe))
+    shared = footprint(load(recipe, "learner.ranks=2", "learner.sharding=full"))
+    assert shared.models["policy"] == plain.models["policy"] // 2 and shared.checkpoint == plain.checkpoint
+    again = footprint(load(recipe, "learner.activation_checkpointing=true"))
+    assert again.learner < plain.learner and again.models == plain.models
+    run = load(recipe, "learner.lora={rank=2}")
+    model = build_model(run.model, seed=1)
+    lora = run.learner.lora
+    assert lora is not None
+    add_adapters(model, lora, seed=1, base="")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert footprint(run).models["policy"] == 4 * plain.parameters + 16 * trained
 
 
 def test_footprint_against_real_files_and_processes(recipe: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
-from async_rl.config import Model, Run
+from async_rl.config import Lora, Model, Run
 from async_rl.learner.logprobs import CHUNK_ELEMENTS
 from async_rl.learner.trainer import build_objective
 from async_rl.models.loading import load_config
@@ -37,6 +37,10 @@ SAVED_BYTES = 12
 TRAINED = ("policy", "critic")
 TOKEN_BYTES = 8
 """A token in the ledger: id and log-prob."""
+WEIGHT_BYTES = 4
+"""Of a parameter that nothing trains, in fp32."""
+VOCABULARY = {"embed_tokens", "lm_head"}
+"""Matrices without adapters."""
 AUTOCAST_SHARE = 0.75
 """What activations take under bfloat16 autocast, of what they take in fp32."""
 LOGITS_COPIES = 4
@@ -106,13 +110,18 @@ def footprint(run: Run) -> Footprint:
     limit = min(run.generator.max_length, limit) if run.generator.max_length else limit
     tokens = min(limit, PROMPT_TOKENS + run.rollout.max_new_tokens)
     models, saved, parked = _models(run, parameters)
+    stored = SAVED_BYTES * parameters
+    if run.learner.lora is not None:
+        adapters = _adapters(run.learner.lora, layout)
+        models["policy"] = (WEIGHT_BYTES * parameters + MASTER_BYTES * adapters) // _shards(run)
+        stored = WEIGHT_BYTES * parameters * run.learner.lora.save_merged + SAVED_BYTES * adapters
     return Footprint(
         parameters=parameters,
         sequence_tokens=tokens,
         snapshot=layout.nbytes,
         generator=ENGINE_SETS * layout.nbytes + _kv_cache(run, config, min(limit, _power_of_two(tokens))),
         learner=sum(models.values()) + _activations(run, config, tokens),
-        checkpoint=SAVED_BYTES * parameters + saved,
+        checkpoint=stored + saved,
         ledger=_ledger(run, tokens),
         models=models,
         parked=parked,
@@ -133,11 +142,11 @@ def _models(run: Run, policy: int) -> tuple[dict[str, int], int, int]:
         entries = Layout.of(load_config(Model(path=path), field=field)).entries
         return sum(prod(entry.shape) for entry in entries)
 
-    models, saved, parked = {"policy": MASTER_BYTES * policy}, 0, 0
+    models, saved, parked = {"policy": MASTER_BYTES * policy // _shards(run)}, 0, 0
     if objective.needs_critic:
         scored = run.reward_model.path if run.critic.init == "reward_model" else ""
         critic = parameters(run.critic.path or scored, "critic.path")
-        models["critic"] = MASTER_BYTES * critic
+        models["critic"] = MASTER_BYTES * critic // _shards(run)
         saved += SAVED_BYTES * critic
     if objective.needs_reference:
         reference = parameters(run.reference.path, "reference.path")
@@ -148,6 +157,21 @@ def _models(run: Run, policy: int) -> tuple[dict[str, int], int, int]:
         models["reward_model"] = frozen_bytes * parameters(run.reward_model.path, "reward_model.path")
         parked += models["reward_model"] if run.reward_model.offload else 0
     return models, saved, parked
+
+
+def _shards(run: Run) -> int:
+    """Ranks that share what is trained."""
+    return run.learner.ranks if run.learner.sharding == "full" else 1
+
+
+def _adapters(lora: Lora, layout: Layout) -> int:
+    """Their parameters: [rank, in] and [out, rank] beside each matrix but those of the vocabulary."""
+    adapted = 0
+    for entry in layout.entries:
+        layer = entry.name.removesuffix(".weight").rpartition(".")[2]
+        if len(entry.shape) == 2 and layer not in VOCABULARY and (not lora.targets or layer in lora.targets):
+            adapted += lora.rank * sum(entry.shape)
+    return adapted
 
 
 def _kv_cache(run: Run, config: Any, tokens: int) -> int:
@@ -161,7 +185,10 @@ def _kv_cache(run: Run, config: Any, tokens: int) -> int:
 def _activations(run: Run, config: Any, tokens: int) -> int:
     """What autograd keeps of a layer: 13 tensors of the hidden size, 4 of the intermediate one; a chunk of logits."""
     batch = min(run.learner.microbatch_tokens, run.step_rollouts * tokens)
-    token = config.num_hidden_layers * (13 * config.hidden_size + 4 * config.intermediate_size) * 4
+    layer = (13 * config.hidden_size + 4 * config.intermediate_size) * 4
+    token = config.num_hidden_layers * layer
+    if run.learner.activation_checkpointing:  # what goes into each layer, and the one that is computed again
+        token = config.num_hidden_layers * config.hidden_size * 4 + layer
     share = AUTOCAST_SHARE if run.learner.dtype == "bfloat16" else 1.0
     return int(batch * token * share) + LOGITS_COPIES * 4 * min(CHUNK_ELEMENTS, batch * config.vocab_size)
 
