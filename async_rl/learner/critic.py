@@ -18,6 +18,7 @@ from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.passes import over_step
 from async_rl.learner.scalar import PackedScalar
+from async_rl.learner.sharding import spread
 
 NAME = "critic"
 """Its folder in a checkpoint."""
@@ -46,7 +47,10 @@ class Critic:
 
     def values(self, step: StepBatch, abandon: Callable[[], bool]) -> Tensor:
         """[A] float32, 0 where a token is not trained on."""
-        return over_step(self.module, step, self._ranks, abandon)
+        try:
+            return over_step(self.module, step, self._ranks, abandon)
+        finally:
+            spread(self.module)
 
     def accumulate(self, step: StepBatch, estimates: CriticEstimates, abandon: Callable[[], bool]) -> Totals:
         """Gradients of the step's value loss; the weights stay until `update`. Raises Abandoned."""

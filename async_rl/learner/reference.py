@@ -14,7 +14,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.frozen import Frozen
 from async_rl.learner.passes import over_step
 from async_rl.learner.policy import PackedPolicy
-from async_rl.learner.sharding import whole
+from async_rl.learner.sharding import local
 from async_rl.models.loading import build_model
 
 NAME = "reference"
@@ -38,13 +38,7 @@ class ReferencePolicy:
             source = Model(path=str(checkpoint / NAME))
         self.model = build_model(source, seed=run.seed, field=field)
         self._policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
-        self.frozen = Frozen(
-            self._policy,
-            ranks.device,
-            dtype=run.learner.dtype,
-            offload=run.reference.offload,
-            colocated=run.colocated,
-        )
+        self.frozen = Frozen(self._policy, run, ranks, offload=run.reference.offload)
         self._ranks = ranks
 
     @property
@@ -62,4 +56,4 @@ class ReferencePolicy:
         """Every so many versions, become the policy as it is now."""
         if self.changes and version % self._refresh_steps == 0:
             for mine, its in zip(self._policy.parameters(), policy.parameters(), strict=True):
-                mine.copy_(whole(its))
+                local(mine).copy_(local(its))

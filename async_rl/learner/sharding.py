@@ -46,6 +46,13 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, low: torch
         register_fsdp_forward_method(root, "hidden")
 
 
+def spread(root: nn.Module) -> None:
+    """After forward passes that no backward pass follows: what is still whole here is this rank's rows again."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 

@@ -15,12 +15,16 @@ from transformers import AutoModelForSequenceClassification
 from async_rl.config import Algorithm, Critic, Optimizer, Reference, RewardModel, Run
 from async_rl.config import Learner as LearnerConfig
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.optimisation import Abandoned
 from async_rl.learner.sharding import gathered, local
 from async_rl.learner.trainer import Learner
 
 STEADY = Optimizer(learning_rate=1e-3, weight_decay=0.1, clip_norm=0.0, eps=1e-4)
 """Adam divides a gradient of about nothing by about nothing: eps keeps rounding from deciding."""
 PLAN = [[[0, 3, 7], [1, 2, 4, 5, 6], []], [[], [8, 15], [*range(9, 15)]]]
+
+BEFORE_THE_LOSSES = 9
+"""Micro-batches of a rank that the reward model, the reference and the critic are asked about."""
 
 
 def everything(folder: Path) -> Run:
@@ -87,20 +91,21 @@ def test_a_reference_that_stays_is_not_part_of_a_checkpoint(ranks: Ranks, tmp_pa
 
 
 def train_with_others(rank: int, directory: str, run: Run) -> Any:
-    """One of two ranks. Rank 0 returns its metrics and the weights; all return the size of one of the critic's."""
+    """One of two ranks. Rank 0 returns its metrics and the weights; all return how many rows of them they hold."""
     ranks = Ranks.start(torch.device("cpu"))
     learner = Learner(run, Path(directory), ranks)
     rows: list[dict[str, float]] = []
     if rank == 0:
         rows = train(learner, 3, PLAN)
+        calls = iter(range(BEFORE_THE_LOSSES))
+        with pytest.raises(Abandoned):
+            learner.train(message(ragged_rollouts(seed=3, version=3), PLAN, step=3), lambda: next(calls, None) is None)
         learner.save_checkpoint()
         learner.close()
     else:
         learner.follow()
         learner.close()
-    critic = learner.roles.critic
-    assert critic is not None
-    mine = {name: len(local(parameter)) for name, parameter in critic.module.named_parameters()}
+    mine = {name: len(local(parameter)) for name, parameter in parameters(learner)}
     found = {name: tensor.numpy().copy() for name, tensor in gathered(parameters(learner), ranks)}
     ranks.stop()
     return rows, found, mine
@@ -113,8 +118,8 @@ def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any) -> Non
     run = everything(tmp_path / "models")
     shared = msgspec.structs.replace(run, learner=LearnerConfig(sharding=sharding, ranks=2))
     (rows, found, mine), _ = in_ranks(2, train_with_others, str(tmp_path / "two"), shared)
-    up = "model.model.layers.0.mlp.up_proj.weight"
-    assert mine[up] == (256 if sharding == "none" else 128)
+    for name in ("policy/", "critic/model.", "reference/"):
+        assert mine[f"{name}model.layers.0.mlp.up_proj.weight"] == (256 if sharding == "none" else 128)
     alone = Learner(run, tmp_path / "one", ranks)
     for expected, row in zip(train(alone, 3), rows, strict=True):
         for name in expected:
@@ -125,4 +130,5 @@ def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any) -> Non
     assert resumed.version == 3
     for name, tensor in state(resumed).items():
         assert torch.equal(tensor, torch.from_numpy(found[name])), name
-    assert train(resumed, 1)[0]["value_loss"] == pytest.approx(train(alone, 1)[0]["value_loss"], rel=1e-4)
+    for expected, row in zip(train(alone, 2), train(resumed, 2), strict=True):
+        assert row["value_loss"] == pytest.approx(expected["value_loss"], rel=1e-4)
