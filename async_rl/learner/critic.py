@@ -38,6 +38,8 @@ class Critic:
             source = Model(path=str(checkpoint / NAME))
         dtype = run.learner.dtype
         self.module = PackedScalar.load(source, seed=run.seed, head="zero", dtype=dtype, field=field)
+        if run.learner.activation_checkpointing:
+            self.module.recompute_layers()
         if run.learner.sharding == "full" and ranks.size > 1:
             self.module.shard(ranks)
         elif not run.colocated:  # else it starts off the device

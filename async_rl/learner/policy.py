@@ -23,6 +23,13 @@ from async_rl.learner.sharding import shard
 ONE_TOKEN = (Family(0, (Block(1, 1),)),)
 
 
+def recompute(layers: nn.ModuleList) -> None:
+    """Activation checkpointing: keep what goes into a decoder layer, compute the layer again when its gradient is
+    wanted (arXiv 1604.06174). The gradients are the same bit for bit."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 class PackedPolicy(nn.Module):
     """Not in training mode: without dropout, log-probs are those of the policy that samples."""
 
@@ -38,10 +45,8 @@ class PackedPolicy(nn.Module):
         use_packed_attention(model)
 
     def recompute_layers(self) -> None:
-        """Activation checkpointing: keep what goes into a decoder layer, compute the layer again when its gradient is
-        wanted (arXiv 1604.06174). The gradients are the same bit for bit."""
-        for layer in self._layers():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        """Activation checkpointing, see `recompute`."""
+        recompute(self._layers())
 
     def _layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.base_model.layers)

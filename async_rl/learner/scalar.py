@@ -22,7 +22,7 @@ from async_rl.config import Model
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.packed_attention import run_packed, use_packed_attention
 from async_rl.learner.packing import PackedTokens
-from async_rl.learner.policy import ONE_TOKEN
+from async_rl.learner.policy import ONE_TOKEN, recompute
 from async_rl.learner.sharding import shard
 from async_rl.models.loading import build_model, load_config, read
 
@@ -88,8 +88,15 @@ class PackedScalar(nn.Module):
     def shard(self, ranks: Ranks) -> None:
         """As `PackedPolicy.shard`. The head is not gathered in a lower dtype."""
         shard(self.head, (), ranks)
-        shard(self, cast(nn.ModuleList, self.model.base_model.layers), ranks, self._low)
+        shard(self, self._layers(), ranks, self._low)
         self._collective = True
+
+    def recompute_layers(self) -> None:
+        """As `PackedPolicy.recompute_layers`."""
+        recompute(self._layers())
+
+    def _layers(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.model.base_model.layers)
 
     @property
     def head(self) -> nn.Linear:

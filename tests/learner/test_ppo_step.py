@@ -130,6 +130,18 @@ def test_losses_and_gradients(ranks: Ranks, tmp_path: Path, run: Run) -> None:
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
 
 
+def test_layers_that_are_computed_again_change_nothing(ranks: Ranks, tmp_path: Path, run: Run) -> None:
+    outcomes = []
+    for again in (False, True):
+        learner_config = msgspec.structs.replace(run.learner, activation_checkpointing=again)
+        learner = Learner(msgspec.structs.replace(run, learner=learner_config), tmp_path / str(again), ranks)
+        learner.train(message(ragged_rollouts(seed=3)))
+        critic = learner.roles.critic
+        assert critic is not None
+        outcomes.append(gradients(critic.module))
+    assert outcomes[0] and all(torch.equal(outcomes[1][name], gradient) for name, gradient in outcomes[0].items())
+
+
 def test_any_split_of_the_step(ranks: Ranks, tmp_path: Path, run: Run) -> None:
     rollouts = rollouts_with_stale_tokens()
     outcomes = []
