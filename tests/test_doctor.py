@@ -475,7 +475,7 @@ def test_the_command(tmp_path: Path) -> None:
         ("environment.options.digits=99", "recipe", "digits = 99: write 2 to 32"),
         ('report_to=["trackio"]', "recipe", "pip install 'async-rl[trackio]'"),
         ("rollout.max_new_tokens=15", "episodes", "every one of them failed: ValueError: request"),
-        ("learner.microbatch_tokens=4", "recipe", "learner.microbatch_tokens = 4: a rollout of"),
+        ("learner.microbatch_tokens=5", "recipe", "learner.microbatch_tokens = 5: a rollout of"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(
