@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 
-from async_rl.config import Run
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.scalar import PackedScalar
@@ -24,29 +24,28 @@ class Frozen:
     """
 
     def __init__(
-        self, module: PackedPolicy | PackedScalar, run: Run, ranks: Ranks, *, offload: bool,
-        precise: Collection[nn.Module] = (),
+        self, module: nn.Module, device: torch.device, *, dtype: str, offload: bool = False,
+        precise: Collection[nn.Module] = (), colocated: bool = False, spread_over: Ranks | None = None,
     ) -> None:  # fmt: skip
-        """offload: keep the weights in host memory between uses of a GPU; of no use where they are sharded. precise:
-        parts that stay in fp32 whatever the dtype."""
+        """dtype: of the matrix products. offload: keep the weights in host memory between uses of a GPU, not where
+        they are sharded. precise: parts that stay in fp32 whatever the dtype. colocated: it starts off the device, and
+        learner.offload moves it. spread_over: shard it; a module that has `shard`, as policies and scalars do."""
         module.requires_grad_(False)
-        self.module, self._device = module, ranks.device
-        sharded = run.learner.sharding == "full" and ranks.size > 1
-        self._parked = offload and self._device.type == "cuda" and not sharded
-        self.moves_with_turns = run.colocated and not self._parked
-        """It starts off the device, and learner.offload moves it."""
-        if sharded:
-            module.shard(ranks)
+        self.module, self._device = module, device
+        self._parked = offload and device.type == "cuda" and spread_over is None
+        self.moves_with_turns = colocated and not self._parked
+        if spread_over is not None:
+            cast(PackedPolicy | PackedScalar, module).shard(spread_over)
             return
-        if run.learner.dtype == "bfloat16":
+        if dtype == "bfloat16":
             _lower_matrices(module, precise)
         if self._parked:
             for parameter in module.parameters():
                 parameter.data = parameter.data.cpu().pin_memory()
             for buffer in module.buffers():
-                buffer.data = buffer.data.to(self._device)
+                buffer.data = buffer.data.to(device)
         elif not self.moves_with_turns:
-            module.to(self._device)
+            module.to(device)
 
     @contextmanager
     def at_work(self) -> Generator[None]:

@@ -38,7 +38,14 @@ class ReferencePolicy:
             source = Model(path=str(checkpoint / NAME))
         self.model = build_model(source, seed=run.seed, field=field)
         self._policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
-        self.frozen = Frozen(self._policy, run, ranks, offload=run.reference.offload)
+        self.frozen = Frozen(
+            self._policy,
+            ranks.device,
+            dtype=run.learner.dtype,
+            offload=run.reference.offload,
+            colocated=run.colocated,
+            spread_over=ranks if run.learner.sharding == "full" and ranks.size > 1 else None,
+        )
         self._ranks = ranks
 
     @property

@@ -41,7 +41,15 @@ class RewardModel:
                 "write a reward model that was trained with the policy's"
             )
         self.module = PackedScalar.load(source, seed=run.seed, dtype=run.learner.dtype, field=field)
-        self.frozen = Frozen(self.module, run, ranks, offload=run.reward_model.offload, precise=(self.module.head,))
+        self.frozen = Frozen(
+            self.module,
+            ranks.device,
+            dtype=run.learner.dtype,
+            offload=run.reward_model.offload,
+            precise=(self.module.head,),
+            colocated=run.colocated,
+            spread_over=ranks if run.learner.sharding == "full" and ranks.size > 1 else None,
+        )
         self._config, self._ranks = run.reward_model, ranks
 
     def reward(self, step: StepBatch, abandon: Callable[[], bool]) -> tuple[StepBatch, dict[str, float]]:

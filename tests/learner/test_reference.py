@@ -13,7 +13,6 @@ from learner_cases import message, ragged_rollouts, save_model, tiny_run
 
 from async_rl.algorithms.presets import PRESETS, preset
 from async_rl.config import Algorithm, Model, Reference, Run
-from async_rl.config import Learner as LearnerConfig
 from async_rl.learner.batch import flatten, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import group_advantages, kl_penalty
@@ -103,8 +102,7 @@ def test_bfloat16_matrices_say_the_same_as_autocast(ranks: Ranks) -> None:
     step = flatten(message(ragged_rollouts(seed=3)))
     tokens = pack(step, range(step.num_rollouts)).tokens
     whole, low = (PackedPolicy(build_model(tiny_run().model, seed=1), dtype="bfloat16") for _ in range(2))
-    run = tiny_run(learner=LearnerConfig(dtype="bfloat16"))
-    frozen = Frozen(low, run, ranks, offload=False)
+    frozen = Frozen(low, ranks.device, dtype="bfloat16")
     kinds = {name: parameter.dtype for name, parameter in low.named_parameters()}
     assert kinds["model.model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert kinds["model.model.embed_tokens.weight"] == kinds["model.model.norm.weight"] == torch.float32
