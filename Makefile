@@ -56,6 +56,13 @@ demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three
 demo-tiny: $(STAMP)  ## learn to sort four digits from random weights, in about a minute
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-tiny
 
+# The server computes on the CPU here, which it was not made for: five to ten minutes, most of them in Python.
+demo-sglang: $(STAMP) $(SGLANG_STAMP)  ## the same with a real SGLang server as the generator's engine
+	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-sglang --set generator.engine=sglang \
+	  --set generator.sglang.python=$(SGLANG)/bin/python \
+	  --set "generator.sglang.environment={PYTHONPATH='$(CURDIR)/tests/sglang/cpu_shim',SGLANG_USE_CPU_ENGINE='1',GLOO_SOCKET_IFNAME='lo'}" \
+	  --set "generator.sglang.arguments=['--attention-backend','torch_native','--sampling-backend','pytorch','--grammar-backend','none','--max-total-tokens','32768','--mem-fraction-static','0.95']"
+
 bench: bench-overlap bench-losses bench-engine bench-ledger bench-weights  ## every benchmark
 
 bench-ledger: $(STAMP)  ## rollouts a second through the controller and its ledger, beside raw LMDB

@@ -152,8 +152,8 @@ class SGLang(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A pause of a server ends after so long, whatever was to happen in it."""
     start_s: float = 600.0
     """A server is up after so long, or it is an error."""
-    stuck_s: float = 10.0
-    """A server that samples nothing for so long, with requests, was paused by somebody else, and is resumed."""
+    stuck_s: float = 30.0
+    """A server that tells of no token for so long, with requests, is resumed: somebody else may have paused it."""
 
 
 class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ from async_rl.doctor.check import Check, line
 from async_rl.doctor.diagnosis import Draws, Gap, Observations, diagnose
 from async_rl.doctor.examine import examine, numerics_check
 from async_rl.doctor.footprint import footprint
-from async_rl.doctor.numerics import NothingSampled, embedded, observe
+from async_rl.doctor.numerics import NothingSampled, observe, of_recipe
 from async_rl.engines import batcher as batcher_module
 from async_rl.engines.draw import draw
 from async_rl.engines.embedded import EmbeddedEngine
@@ -72,7 +72,7 @@ def cause(run: Run, fault: Fault | None = None, dtype: str | None = None) -> tup
     """dtype: of engines that should have the recipe's."""
 
     def make(asked: str | None) -> Any:
-        engine = embedded(run)(asked or dtype)
+        engine = of_recipe(run, Path("/nowhere"))(asked or dtype)
         assert isinstance(engine, EmbeddedEngine)
         return (fault(engine) if fault else None) or engine
 
@@ -490,9 +490,9 @@ def test_what_is_wrong_with_a_recipe(
 def test_nothing_is_sampled(recipe: Path, tmp_path: Path) -> None:
     run = config.load(SORT, ["environment.options.digits=15", "rollout.max_new_tokens=15"])
     with pytest.raises(NothingSampled, match="a sequence holds at most 16 tokens"):
-        observe(run, embedded(run))
+        observe(run, of_recipe(run, tmp_path))
     with pytest.raises(UserError, match="its weights cannot be loaded"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_bytes((recipe.parent / "model" / "config.json").read_bytes())
         broken = msgspec.structs.replace(run, model=config.Model(path=str(tmp_path / "empty")))
-        observe(broken, embedded(broken))
+        observe(broken, of_recipe(broken, tmp_path))

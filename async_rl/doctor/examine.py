@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 
@@ -21,6 +22,10 @@ from async_rl.telemetry.exporters import check_exporters
 
 HEAVY = ("torch", "transformers")
 SHOWN_CHARACTERS = 100
+ATTACHED = (
+    "not examined: that would load weights into the servers of generator.sglang.attach, which may be at work; with "
+    "attach=[] a server is started for it"
+)
 
 
 def examine(run: Run | None, run_directory: Path) -> Generator[Check]:
@@ -82,12 +87,16 @@ def _environment(run: Run) -> Check:
 
 
 def _numerics(run: Run) -> Generator[Check]:
-    from async_rl.doctor.numerics import NothingSampled, embedded, observe
+    from async_rl.doctor.numerics import NothingSampled, observe, of_recipe
     from async_rl.models.loading import load_stop_tokens, load_tokenizer
 
     tokenizer, stop = load_tokenizer(run.model), load_stop_tokens(run.model)
+    if run.generator.sglang.attach:
+        yield Check("numerics", "warn", ATTACHED)
+        return
     try:
-        observations = observe(run, embedded(run))
+        with TemporaryDirectory() as logs:
+            observations = observe(run, of_recipe(run, Path(logs)))
     except NothingSampled as error:
         yield Check(
             "episodes", "FAIL", f"every one of them failed: {str(error).splitlines()[-1]}", {"traceback": str(error)}

@@ -1,6 +1,6 @@
 """Do engine and learner agree on log-probs? A train step at learning rate 0, over any engine.
 
-    observations = observe(run, embedded(run))
+    observations = observe(run, of_recipe(run, logs))
     diagnose(observations)                       # doctor.diagnosis
 
 The engine first gets slightly other weights and a few tokens to sample, so that whatever it keeps of them shows; then
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -21,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from async_rl.config import Run
 from async_rl.doctor.diagnosis import Gap, Observations, agrees, drawn, tolerance
 from async_rl.doctor.recomputation import Recomputation
+from async_rl.engines.make import make_engine
 from async_rl.engines.protocol import Engine, Snapshot
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.rollout.tokenizer_text import TokenizerText
+from async_rl.stages import local_engine
 from async_rl.stages.episodes import Group, episodes
-from async_rl.stages.local_engine import make_engine
 from async_rl.tasks.source import heldout_tasks, train_task
 from async_rl.wire.messages import GroupLease, Sampling, Task, WeightsId
 from async_rl.wire.messages import Sequence as WireSequence
@@ -49,9 +51,17 @@ class NothingSampled(AsyncRLError):
     """Every episode failed: why the first one did."""
 
 
-def embedded(run: Run) -> MakeEngine:
-    """The engine of a generator of this recipe."""
-    return lambda dtype: make_engine(run, load_config(run.model), slots=MAX_TASKS * GROUP, dtype=dtype)
+def of_recipe(run: Run, logs: Path) -> MakeEngine:
+    """The engine of a generator of this recipe. A server is started for each, and prints into this directory."""
+    config = load_config(run.model)
+    if run.generator.engine == "embedded":
+        return lambda dtype: local_engine.make_engine(run, config, slots=MAX_TASKS * GROUP, dtype=dtype)
+
+    def make(dtype: str | None) -> Engine:
+        generator = msgspec.structs.replace(run.generator, dtype=dtype or run.generator.dtype, count=1)
+        return make_engine(msgspec.structs.replace(run, generator=generator), config, logs, name="doctor")
+
+    return make
 
 
 def observe(run: Run, make: MakeEngine) -> Observations:

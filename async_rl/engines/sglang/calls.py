@@ -1,8 +1,9 @@
 """Requests on their way through the servers: waiting -> called, piece by piece -> delivered.
 
 Everything happens on the engine's loop. At most `slots` requests are with the servers, the others wait here, where
-they cost nothing and are cancelled at once; requests with an equal prompt that begin together are one call. A piece
-that a server took with it is sampled again, by whoever is there: what was delivered before stays.
+they cost nothing and are cancelled at once; requests with an equal prompt that begin together are one call, except to a
+router, which takes one at a time. A piece that a server took with it is sampled again, by whoever is there: what was
+delivered before stays.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class Calls:
             for admission in admissions:
                 group = [Live(request, self.weights) for request in admission.requests]
                 self._running |= {live.request.id: live for live in group}
-                self._start(self._freest() or worker, group)
+                for together in [[live] for live in group] if self._router else [group]:
+                    self._start(self._freest() or worker, together)
         self._changed()
 
     def cancel(self, request_ids: Sequence[int]) -> None:
@@ -174,10 +176,11 @@ class Calls:
     def _start(self, worker: Worker, lives: list[Live]) -> None:
         for live in lives:
             live.piece, live.worker = self._piece(live), worker
-        worker.pieces += len(lives)
+        for one in self._busy(worker):
+            if not one.pieces:
+                one.progressed()  # what it did before does not count
+            one.pieces += len(lives)
         self.pieces += len(lives)
-        if worker.pieces == len(lives):
-            worker.progressed()  # what it did before does not count
         self.idle.clear()
         self._task(self._call(worker, lives), f"call of {len(lives)} requests")
 
@@ -204,7 +207,8 @@ class Calls:
                 raise
             log.warning("%s: %d pieces wait", error, len(open_pieces))
         finally:
-            worker.pieces -= len(lives)
+            for one in self._busy(worker):
+                one.pieces -= len(lives)
             self.pieces -= len(lives)
             if not self.pieces:
                 self.idle.set()
@@ -226,7 +230,8 @@ class Calls:
             if live is None or live.piece is None:
                 continue
             if live.piece.take(event):
-                worker.progressed()
+                for one in self._busy(worker):
+                    one.progressed()
                 self._stepped()
             if live.piece.reason is not None:
                 del open_pieces[live.piece.rid]
@@ -315,6 +320,10 @@ class Calls:
             except TimeoutError:
                 continue
         log.warning("request %d does not end although it was aborted %d times", live.request.id, ABORT_TRIES)
+
+    def _busy(self, worker: Worker) -> Sequence[Worker]:
+        """Who may have the pieces of a call: with a router, any."""
+        return self._workers if self._router else [worker]
 
     def _freest(self) -> Worker | None:
         ready = [worker for worker in self._workers if worker.ready]

@@ -55,21 +55,24 @@ def parse_version(text: str) -> WeightsId | None:
 
 
 def generate_body(pieces: Sequence[Piece], *, stream_tokens: int, salt: str) -> dict[str, Any]:
-    """One call for pieces that begin with the same tokens (a group): the server prefills them once.
+    """One call for pieces that begin with the same tokens (a group): the server prefills them once. A call for one
+    piece has no lists, because routers take none.
 
     stream_tokens: hear of the progress of a piece every so many tokens.
     salt: pieces of another salt share no cached prefix with these; empty: none.
     """
-    body: dict[str, Any] = {
+    fields: dict[str, list[Any]] = {
         "rid": [piece.rid for piece in pieces],
         "input_ids": [piece.input for piece in pieces],
         "sampling_params": [_sampling(piece, stream_tokens) for piece in pieces],
+    }
+    if salt:
+        fields["extra_key"] = [salt] * len(pieces)
+    one = len(pieces) == 1
+    return {name: values[0] if one else values for name, values in fields.items()} | {
         "return_logprob": True,
         "stream": True,
     }
-    if salt:
-        body["extra_key"] = [salt] * len(pieces)
-    return body
 
 
 def _sampling(piece: Piece, stream_tokens: int) -> dict[str, Any]:

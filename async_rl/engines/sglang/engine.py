@@ -176,6 +176,24 @@ class SGLangEngine:
         self._post(lambda: self._task(carry_out(), "weights"))
         return await asyncio.wrap_future(done)
 
+    def gauges(self) -> dict[str, float]:
+        """Of its servers together, as of the last look at them: how busy they are, and what had to be mended."""
+        if self._early is not None:
+            return {}
+        loads = [worker.load for worker in self._workers if worker.load is not None]
+        return {
+            "running": self._calls.num_running,
+            "waiting": self._calls.num_waiting,
+            "servers_ready": sum(worker.ready for worker in self._workers),
+            "server_running": sum(load.running for load in loads),
+            "server_waiting": sum(load.waiting for load in loads),
+            "server_tokens_per_s": sum(load.tokens_per_s for load in loads),
+            "server_cache_used": max((load.cache_used for load in loads), default=0.0),
+            "restarts": sum(worker.restarted for worker in self._workers),
+            "reloads": sum(worker.reloads for worker in self._workers),
+            "foreign_pauses": sum(worker.foreign_pauses for worker in self._workers),
+        }
+
     def activity(self) -> dict[str, float]:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
 

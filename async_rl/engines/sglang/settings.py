@@ -43,7 +43,7 @@ class Settings:
     pause_s: float = 30.0
     start_s: float = 600.0
     drain_s: float = 600.0
-    stuck_s: float = 10.0
+    stuck_s: float = 30.0
     stream_tokens: int = 16
     bucket_bytes: int = 64 << 20
     """Buckets hold whole tensors: a larger tensor is a bucket of its own."""

@@ -30,6 +30,14 @@ from async_rl.weights.errors import WeightsError
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """How SGLang keeps what Hugging Face names one by one."""
+PADDED = {
+    "embed_tokens": (64, 1),
+    "lm_head": (64, 1),
+    "gate_proj": (32, 1),
+    "up_proj": (32, 1),
+    "down_proj": (1, 32),
+}
+"""Matrices that SGLang pads with zeros on a CPU: rows and columns up to multiples of these."""
 log = logging.getLogger(__name__)
 
 
@@ -161,13 +169,21 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     found: dict[str, str] = {}
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
-        parts.setdefault(_fused(name), []).append(tensor)
+        parts.setdefault(_fused(name), []).append(_padded(name, tensor))
     for name, group in parts.items():
         digest = hashlib.sha256()
         for tensor in group:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()[:16]
     return found
+
+
+def _padded(name: str, tensor: Tensor) -> Tensor:
+    kind = name.split(".")[-2]
+    if kind not in PADDED or tensor.dim() != 2:
+        return tensor
+    (rows, columns), (by_rows, by_columns) = tensor.shape, PADDED[kind]
+    return torch.nn.functional.pad(tensor, (0, -columns % by_columns, 0, -rows % by_rows))
 
 
 def _fused(name: str) -> str:

@@ -5,8 +5,8 @@
      +------(it exits, or answers no more)-----------+
 
 A server is asked every PROBE_S how it is, because it tells nobody: whether it lives, what it holds, how busy it is. One
-that samples nothing although requests are with it, and that we did not pause, was paused by somebody else: it is
-resumed, and the log says so.
+that samples nothing although requests are with it, and that we did not pause, was probably paused by somebody else: it
+is resumed, and the log says so.
 """
 
 from __future__ import annotations
@@ -277,10 +277,10 @@ class Worker:
             self.load = await self.client.load(PROBE_ANSWER_S)
             if not self._lock.locked():
                 await self._check_version()
+            await self._end_foreign_pause()
         except ServerError as error:
             log.warning("%s", error)
             return False
-        await self._end_foreign_pause(self.load)
         return True
 
     async def _check_version(self) -> None:
@@ -294,12 +294,13 @@ class Worker:
             self.held = None
             self._catch_up()
 
-    async def _end_foreign_pause(self, load: Load) -> None:
+    async def _end_foreign_pause(self) -> None:
+        """No endpoint tells whether a server is paused, and resuming one that is not does nothing."""
         stuck = time.monotonic() - self.progressed_at > self._stuck_s
-        if self.pieces and stuck and not load.running and not self.client.pauses and not self._lock.locked():
+        if self.pieces and stuck and not self.client.pauses and not self._lock.locked():
             self.foreign_pauses += 1
             log.warning(
-                "SGLang server %s has sampled nothing for %.0f s with %d requests: somebody else paused it; resumed",
+                "SGLang server %s told of no token for %.0f s with %d requests: resumed, as if somebody had paused it",
                 self.client.url,
                 time.monotonic() - self.progressed_at,
                 self.pieces,
