@@ -220,7 +220,12 @@ class Controller:
             "epoch": self.ledger.run.epoch,
             "rollouts": {state.name.lower(): count for state, count in self.ledger.live.items()},
             "generators": [
-                {"name": peer.name, "groups": len(peer.leases), "weights": peer.weights and peer.weights.version}
+                {
+                    "name": peer.name,
+                    "groups": len(peer.leases),
+                    "weights": peer.weights and peer.weights.version,
+                    "engine": peer.activity.gauges if peer.activity is not None else {},
+                }
                 for peer in self._generators.peers.values()
             ],
             "fast_lane": self._lane.peer and self._lane.peer.name,
@@ -772,6 +777,7 @@ class Controller:
             "masked_fraction": batch.lags.masked_fraction,
             "early_fraction": batch.early_fraction,
             **({"weights_changed": self._changed[-1]} if self._changed else {}),
+            **({"engine": gauges} if (gauges := self._generators.gauges()) else {}),
             **({} if self._length_report is None else {"length": self._length_report}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -101,6 +102,14 @@ class Generators:
     def counted(self) -> int:
         """The version since which a generator has not said what its rollouts sampled."""
         return min((peer.counted.version for peer in self.peers.values() if peer.counted is not None), default=0)
+
+    def gauges(self) -> dict[str, float]:
+        """Of their engines, added up."""
+        total = Counter[str]()
+        for peer in self.peers.values():
+            if peer.activity is not None:
+                total.update(peer.activity.gauges)
+        return dict(total)
 
     def holder(self, group_id: int, member: int) -> Peer | None:
         """Who works on a rollout."""

@@ -149,6 +149,9 @@ class EmbeddedEngine:
     def activity(self) -> dict[str, float]:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
     async def stop(self) -> None:
         """The thread ends after the step in progress; requests still in the engine get no more chunks."""
         if self._thread is None:

@@ -164,6 +164,9 @@ class FakeEngine:
     def activity(self) -> dict[str, float]:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
     async def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

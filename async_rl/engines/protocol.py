@@ -149,6 +149,10 @@ class Engine(Protocol):
         """Exclusive wall seconds by cause since start: `engine_step`, `swap`, `paused`, `idle`, `released`."""
         ...
 
+    def gauges(self) -> dict[str, float]:
+        """Numbers of its state now, by name, for metrics; there may be none."""
+        ...
+
     async def stop(self) -> None: ...
 
     async def wait_stopped(self) -> None:

@@ -175,7 +175,8 @@ class RolloutWorker:
         """Causes of the host; within the time that requests spend away from it, the steps of the engine."""
         seconds = self.host.tracker.seconds()
         seconds["hand_over/engine_step"] = self._engine.activity()["engine_step"]
-        return Activity(self._loop.time(), seconds, process_cpu_s(), self.host.sampled_tokens)
+        gauges = self._engine.gauges()
+        return Activity(self._loop.time(), seconds, process_cpu_s(), self.host.sampled_tokens, gauges)
 
     def host_call(self, method: Callable[..., None], *args: object) -> None:
         """Call a method of the host on the host's loop."""

@@ -96,6 +96,8 @@ class Activity(msgspec.Struct, frozen=True):
     cpu_s: float
     tokens: int = 0
     """Tokens sampled (generator) or trained on (learner)."""
+    gauges: dict[str, float] = {}
+    """Numbers of its state now, by name; a generator's are those of its engine."""
 
 
 # --- shared by both streams ----------------------------------------------------------------------------------

@@ -188,7 +188,6 @@ class SGLangEngine:
             "server_running": sum(load.running for load in loads),
             "server_waiting": sum(load.waiting for load in loads),
             "server_tokens_per_s": sum(load.tokens_per_s for load in loads),
-            "server_cache_used": max((load.cache_used for load in loads), default=0.0),
             "restarts": sum(worker.restarted for worker in self._workers),
             "reloads": sum(worker.reloads for worker in self._workers),
             "foreign_pauses": sum(worker.foreign_pauses for worker in self._workers),
