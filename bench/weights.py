@@ -357,7 +357,9 @@ def main() -> None:
         stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
         path = ROOT / "bench" / "results" / "weights.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | stamp | {"load": os.getloadavg()[0]} | figures, indent=2) + "\n")
+        for name, found in figures.items():  # sizes that were not measured this time stay
+            kept[name] = kept.get(name, {}) | found
+        path.write_text(json.dumps(kept | stamp | {"load": round(os.getloadavg()[0], 1)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from async_rl.launch.child import PIPE_VARIABLE
 from async_rl.config import Run
 from async_rl.errors import AsyncRLError, UserError
 from async_rl.telemetry.run_directory import RunDirectory
+from async_rl.weights.places import cleanup
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 4.5
@@ -94,6 +95,7 @@ class Supervisor:
         finally:
             self._kill_all()
             await asyncio.gather(*(service.process.wait() for service in list(self._services.values())))
+            cleanup(self._directory.path)  # a learner that was killed has left its files in memory
         return bool(self._complete)
 
     async def _session(self) -> None:

@@ -131,8 +131,8 @@ class Controller:
         self._requested: int | None = None
         """The step whose batch the learner waits for."""
         self._routes = WeightRoutes(run.weights.transport)
-        self._changed: list[float] = []
-        """Share of the elements that changed, of each published set where it was measured."""
+        self._changed: float | None = None
+        """Share of the elements in which the newest weights differ from those before, where it was measured."""
         self._live_updates = 0
         self._composer = Composer(
             run,
@@ -630,7 +630,7 @@ class Controller:
 
     def _announced(self, announce: WeightsAnnounce) -> None:
         if announce.changed is not None:
-            self._changed.append(announce.changed)
+            self._changed = announce.changed
         for peer in self._routes.announced(announce, self._generators.peers.values()):
             self._rollouts.send(peer.id, announce)
         if self._turns is not None and announce.transport == "shared_memory":
@@ -776,7 +776,7 @@ class Controller:
             "lag": batch.lags.summary(),
             "masked_fraction": batch.lags.masked_fraction,
             "early_fraction": batch.early_fraction,
-            **({"weights_changed": self._changed[-1]} if self._changed else {}),
+            **({} if self._changed is None else {"weights_changed": self._changed}),
             **({"engine": gauges} if (gauges := self._generators.gauges()) else {}),
             **({} if self._length_report is None else {"length": self._length_report}),
             "ready": self.ledger.live[State.READY],

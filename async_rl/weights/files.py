@@ -11,10 +11,6 @@ stay, so that a receiver that was just told about one still finds it; one that i
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import shutil
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +27,11 @@ from async_rl.weights.checksum import BUCKET_BYTES, combine, for_each
 from async_rl.weights.delta import Comparison, Delta, compare
 from async_rl.weights.errors import WeightsError
 from async_rl.weights.header import Header, name
+from async_rl.weights.places import MEMORY, cleanup, disk_directory, memory_directory
 from async_rl.weights.slots import PARTIAL, Slot, Slots
 from async_rl.weights.weight_file import Manifest, encode_head, file_name
 from async_rl.wire.messages import WeightsId
 
-MEMORY = Path("/dev/shm")
 KEEP = 2
 PIECE = 1 << 19
 """Bytes copied and then hashed, which finds them in the cache: together 1.2 times the cost of copying."""
@@ -51,29 +47,6 @@ class WeightFile:
     """Of the file."""
     base: WeightsId | None = None
     """A delta to these weights."""
-
-
-def memory_directory(run_directory: Path, memory: Path = MEMORY) -> Path | None:
-    """This run's directory in memory, made if need be; None where there is no tmpfs we may write to."""
-    directory = memory / f"async-rl-{_digest(run_directory)}"
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        status = directory.lstat()
-    except OSError:
-        return None
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return directory if ours and os.access(directory, os.W_OK) else None
-
-
-def disk_directory(run_directory: Path) -> Path:
-    """Where the files are when memory will not have them."""
-    return run_directory / "weights"
-
-
-def cleanup(run_directory: Path, memory: Path = MEMORY) -> None:
-    """Remove every weights file of this run. For the end of a run; receivers keep what they have mapped."""
-    shutil.rmtree(memory / f"async-rl-{_digest(run_directory)}", ignore_errors=True)
-    shutil.rmtree(disk_directory(run_directory), ignore_errors=True)
 
 
 class WeightFiles:
@@ -212,7 +185,3 @@ def _write_delta(directory: Path, header: Header, delta: Delta, base: WeightsId)
             partial.unlink()
         raise
     return WeightFile(final, header, data.size, base)
-
-
-def _digest(run_directory: Path) -> str:
-    return hashlib.sha256(str(run_directory.resolve()).encode()).hexdigest()[:16]

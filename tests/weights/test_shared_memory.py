@@ -15,8 +15,9 @@ from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
 from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
-from async_rl.weights.files import MEMORY, WeightFiles, cleanup, disk_directory, memory_directory
+from async_rl.weights.files import WeightFiles
 from async_rl.weights.header import SIZE, Header
+from async_rl.weights.places import MEMORY, cleanup, disk_directory, memory_directory
 from async_rl.weights.publisher import Publisher
 from async_rl.weights.receiver import Receiver
 from async_rl.weights.shared_memory import SharedMemoryReceiver
