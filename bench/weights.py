@@ -244,14 +244,14 @@ class Pair:
         self.tell("fetch", announce)
 
 
-def transfers(size: str, repeats: int) -> dict[str, Any]:
+def transfers(size: str, repeats: int, only: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch))
         arms: dict[str, Callable[[], tuple[float, float, Any]]] = {"memcpy": pair.memcpy, "raw gloo": pair.raw}
         arms |= {arm: lambda arm=arm: pair.send(arm) for arm in TRANSFERS[2:]}
-        measured: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in arms}
+        measured: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in only}
         wire: dict[str, float] = {}
-        for arm, once in arms.items():
+        for arm, once in [(arm, arms[arm]) for arm in only]:
             with pair.prepared(arm):
                 for turn in range(WARM + repeats):
                     yardstick = (pair.raw if arm == "process_group" else pair.memcpy)()[0]
@@ -333,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["109k", "135M", "500M"], choices=["109k", "135M", "500M"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", default=list(TRANSFERS), choices=TRANSFERS)
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--no-transfers", action="store_true")
     parser.add_argument("--no-stall", action="store_true")
@@ -342,7 +343,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     if not options.no_transfers:
-        figures["transfer"] = {size: transfers(size, options.repeats) for size in options.sizes}
+        figures["transfer"] = {size: transfers(size, options.repeats, options.arms) for size in options.sizes}
     if not options.no_stall:
         figures["stall"] = {size: stalls(size, options.updates) for size in options.sizes}
     if options.changed:
