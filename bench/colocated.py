@@ -1,6 +1,6 @@
 """One device in turns: what turns cost, and what memory they save, beside the separate placement of the same recipe.
 
-    python bench/colocated.py [RECIPE] [--steps 50] [--set section.key=value ...] [--write]
+    python bench/colocated.py [RECIPE] [--steps 50] [--synchronous] [--set section.key=value ...] [--write]
 
 Memory is the resident set without pages of files (weights under way in /dev/shm are such pages), read every 20 ms while
 steps are trained: the peak of learner + generator at one moment, and of each alone.
@@ -101,12 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default=ROOT / "recipes" / "sort.toml", type=Path)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--synchronous", action="store_true", help="both placements with max_staleness = 0 too")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     figures: dict[str, Any] = {"recipe": options.recipe.stem, "steps": options.steps, "set": options.set}
     with tempfile.TemporaryDirectory() as scratch:
-        for eta in (None, 0):
+        for eta in (None, 0) if options.synchronous else (None,):
             for placement in ("separate", "colocated"):
                 name = placement if eta is None else f"{placement}_eta_{eta}"
                 overrides = [*options.set, f"steps={options.steps}", f"placement={placement}", "evaluation.tasks=0"]
