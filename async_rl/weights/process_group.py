@@ -152,7 +152,8 @@ class ProcessGroupReceiver(_Member):
     def __init__(self, member: str, layout: Layout, *, timeout_s: float = 30.0, device: torch.device = CPU) -> None:
         super().__init__(timeout_s, device)
         self._member, self._layout = member, layout
-        self._staging = [self._empty(), self._empty()]
+        self._staging: list[Tensor | None] = [None, None]
+        """Made by the first broadcasts: who is in no group needs none."""
 
     def form(self, group: WeightGroup) -> None:
         """Come to a new group, or leave where we are not among its members.
@@ -189,6 +190,8 @@ class ProcessGroupReceiver(_Member):
                 f"weights {name(announce.weights)} travel in weight group {announce.location}, ours is {ours}"
             )
         staging = self._staging[0]
+        if staging is None:
+            staging = self._staging[0] = self._empty()
         try:
             first = torch.zeros(SIZE, dtype=torch.uint8, device=group.device)
             group.broadcast(first, f"weights {name(announce.weights)}, header")
@@ -201,7 +204,7 @@ class ProcessGroupReceiver(_Member):
             _compare(header.weights, found, checksum.decode(last.cpu().numpy().tobytes()))
         except WeightsError:
             self._drop()
-            self._staging[0] = self._empty()  # an operation that hangs may write to the old one later
+            self._staging[0] = None  # an operation that hangs may write to it later
             raise
         self._staging.reverse()
         return Snapshot(header.weights, self._layout.views(staging))
