@@ -98,9 +98,13 @@ class Distillation:
         return metrics
 
     def finish(self, train: Batch) -> dict[str, float]:
-        if self._sampler is not None:
-            self._sampler.close()
+        self.close()
         return {}
+
+    def close(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.close()
 
     def _sample(self, prompts: list[list[int]], step: int) -> list[list[int]]:
         """The same on every rank."""

@@ -83,3 +83,6 @@ class PreferenceTrainer:
 
     def finish(self, train: Batch) -> dict[str, float]:
         return {}
+
+    def close(self) -> None:
+        """Nothing was started."""

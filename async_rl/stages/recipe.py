@@ -72,7 +72,7 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class RewardModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """algorithms.reward_model has the formulae. The stage has no section of its own fields yet but this one."""
+    """algorithms.reward_model has the formulae."""
 
     references: str = ""
     """JSON lines with prompt and response whose mean score becomes 0; default: the best answers of `train`."""

@@ -90,6 +90,9 @@ class RewardModelTrainer:
         self._scalar.bias = float(total[0] / total[1])
         return {"bias": self._scalar.bias, "references": int(total[1])}
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _scores(self, examples: Examples, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[s] float32 score of every answer of these rows, without bias, and which row it belongs to."""
         device = self._ranks.device

@@ -133,8 +133,9 @@ class StageRun:
         return True
 
     def close(self) -> None:
-        """A checkpoint that is being written is finished."""
+        """A checkpoint that is being written is finished, an engine that samples is stopped."""
         self._writer.close()
+        self.trainer.close()
 
     def train(self, rows: Sequence[int]) -> None:
         """One optimiser step on these rows of the data.

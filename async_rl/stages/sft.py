@@ -49,6 +49,9 @@ class SFT:
     def finish(self, train: Batch) -> dict[str, float]:
         return {}
 
+    def close(self) -> None:
+        """Nothing was started."""
+
 
 def _judged(policy: PackedPolicy, target_K: Tensor, hidden_KH: Tensor) -> tuple[Tensor, Tensor]:
     """[K] log-prob of each target, and whether it is the most likely token; in chunks, without gradient."""

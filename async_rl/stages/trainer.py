@@ -55,3 +55,7 @@ class Trainer(Protocol):
         """After the last step, before the model is saved: what belongs to the result (the bias of a reward model).
         train: every row that was trained on."""
         ...
+
+    def close(self) -> None:
+        """End what it started: also of a stage that was stopped, and safe to call twice."""
+        ...
