@@ -242,7 +242,8 @@ class SGLangEngine:
         self._loop.close()
 
     async def _main(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0)
+        # a connection for each call: one that the server is just closing, for being idle, would look like its death
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, read_bufsize=LINE_BYTES) as session:
             self._workers = self._make_workers(session)
             self._calls = Calls(

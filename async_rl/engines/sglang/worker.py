@@ -30,6 +30,7 @@ PROBE_ANSWER_S = 10.0
 LOST_PROBES = 3
 """So many in a row without an answer: it is gone, or hangs."""
 SUSPECT_S = 0.2
+UPDATE_TRIES = 3
 MAX_RESTARTS = 3
 """In a row, without a finished piece in between."""
 log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class Worker:
             ServerRefused, WeightsError: it holds what it held before.
         """
         before, self._target = self._target, snapshot
+        broken_off = 0
         async with self._lock:
             while self.held != snapshot.weights:
                 await self._wait_up()
@@ -150,7 +152,11 @@ class Worker:
                         raise
                     self._give_up(str(error))
                 except ServerGone as error:
-                    self._give_up(str(error))
+                    broken_off += 1
+                    if broken_off > UPDATE_TRIES or not await self._answers():
+                        self._give_up(str(error))
+                    else:
+                        log.warning("%s: once more", error)
                 except Exception:
                     self._target = before
                     raise
@@ -234,6 +240,14 @@ class Worker:
                 await self._up.wait()
         except TimeoutError:
             raise ServerFailed(f"SGLang server {self.client.url} did not come back") from None
+
+    async def _answers(self) -> bool:
+        """A call that broke off need not mean that the server is gone."""
+        try:
+            await self.client.info(PROBE_ANSWER_S)
+        except ServerError:
+            return False
+        return True
 
     def _give_up(self, why: str) -> None:
         """It will not do as it is: `tend` starts it again, or waits for it to come back."""
