@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stage_cases import make_data
+from stage_cases import make_data, opened
 
 from async_rl.learner.distributed import Ranks
 
@@ -26,3 +26,10 @@ def ranks() -> Iterator[Ranks]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small files of the recipes."""
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()

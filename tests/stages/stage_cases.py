@@ -50,10 +50,15 @@ def recipe_of(kind: str, train: Path, **sections: Any) -> StageRecipe:
     return recipes.from_table(table)
 
 
+opened: list[StageRun] = []
+"""By `stage_of`; closed after each test."""
+
+
 def stage_of(recipe: StageRecipe, path: Path, ranks: Any, tell: Tell = nothing, **options: Any) -> StageRun:
     directory = StageDirectory(path)
     directory.create(recipe)
-    return StageRun(recipe, directory, ranks, tell, **options)
+    opened.append(StageRun(recipe, directory, ranks, tell, **options))
+    return opened[-1]
 
 
 def with_steps(recipe: StageRecipe, steps: int) -> StageRecipe:

@@ -36,6 +36,8 @@ SMALL = [
     "evaluation.tasks=40",
     "evaluation.every_steps=3",
     "checkpoint.every_steps=3",
+    "optimizer.learning_rate=5e-3",
+    "optimizer.warmup_steps=0",
     "staleness.max_staleness=0",  # no weights but those of the evaluated version are live before it has ended
 ]
 TINY = TinyModel(characters="0123456789=", hidden_size=32, intermediate_size=48, max_length=16)
@@ -263,11 +265,10 @@ def test_ctrl_c_leaves_nothing_running(directory: Path) -> None:
         if 0 < done < total:
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = set(threading.enumerate())
     target = choose(directory, recipe=SORT, overrides=["generator.slots=4", "generator.queued_rollouts=0"])
     with pytest.raises(KeyboardInterrupt):
         evaluate(target, samples=16, watch=interrupt)
-    for thread in set(threading.enumerate()) - before:
+    for thread in threading.enumerate():
         if thread.name == "embedded-engine":  # its last step may still end
             thread.join(20)
             assert not thread.is_alive()
