@@ -258,6 +258,9 @@ class Calls:
         spans = piece.spans(live.entry if self._keeps_cache else None)
         if spans is None:
             log.warning("request %d was sampled by weights %s, which are not ours", live.request.id, piece.versions)
+            if live.worker is not None:
+                for one in self._busy(live.worker):
+                    one.doubt()
             self._again(live)
             return
         live.piece, before = None, live.open_tokens

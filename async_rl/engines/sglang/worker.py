@@ -62,6 +62,8 @@ class Worker:
         self._suspected = asyncio.Event()
         self._lost = ""
         """Why it must be given up."""
+        self._doubted = False
+        """It sampled with weights that are not ours, and was not looked at since."""
         self._target: Snapshot | None = None
         self._away = False
         """Off the device until the next weights, whatever happens to the server meanwhile."""
@@ -81,7 +83,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        return self._up.is_set() and self.held is not None and not self._lock.locked()
+        return self._up.is_set() and self.held is not None and not self._lock.locked() and not self._doubted
 
     @property
     def reloads(self) -> int:
@@ -94,6 +96,11 @@ class Worker:
     def suspect(self) -> None:
         """A call broke off: look at it now."""
         self._suspected.set()
+
+    def doubt(self) -> None:
+        """It sampled with weights that are not ours: nothing begins there before a look at what it holds."""
+        self._doubted = True
+        self.suspect()
 
     async def tend(self) -> None:
         """Raises UserError where it never was there, ServerFailed where it does not come back, or keeps dying."""
@@ -161,7 +168,7 @@ class Worker:
                     self._target = before
                     raise
                 else:
-                    self.held = snapshot.weights
+                    self.held, self._doubted = snapshot.weights, False
                     self.progressed()
                     return lease.held_s
         return 0.0
@@ -200,7 +207,7 @@ class Worker:
             await self._weights.close()
 
     async def _start(self) -> None:
-        self._asleep = False
+        self._asleep = self._doubted = False
         if self._process is not None:
             await self._process.start()
             self.client = self._make_client(self._process.url)
@@ -290,7 +297,11 @@ class Worker:
         try:
             self.load = await self.client.load(PROBE_ANSWER_S)
             if not self._lock.locked():
+                doubted = self._doubted
                 await self._check_version()
+                if doubted:
+                    self._doubted = False
+                    self._news()
             await self._end_foreign_pause()
         except ServerError as error:
             log.warning("%s", error)
