@@ -121,12 +121,13 @@ def test_damaged_ledgers(start: Any, cli: Any, tmp_path: Path, rng: random.Rando
 
 @pytest.mark.timeout(180)
 def test_two_trains_at_once(start: Any) -> None:
-    """One of them works; the other names it and refuses."""
-    first = start("steps=300")
-    second = start("steps=300", path=first.path)
+    """One of them works, for longer than the other waits; which then names it and refuses."""
+    steps = 1500
+    first = start(f"steps={steps}")
+    second = start(f"steps={steps}", path=first.path)
     while first.process.process.poll() is None and second.process.process.poll() is None:
         first.closed.wait(0.1)
     refusing, working = (first, second) if first.process.process.poll() is not None else (second, first)
     controller = working.children()["controller"].pid
     refused(refusing, f"is in use by process {controller} (started by {working.process.process.pid})")
-    completes(working, 300)
+    completes(working, steps)
