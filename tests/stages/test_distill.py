@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ from async_rl.stages import recipe as recipes
 from async_rl.stages.runner import StageRun
 
 GENERATOR = {"slots": 32}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = Ranks.start(torch.device("cpu"))
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="module")
