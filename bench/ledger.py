@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import lmdb
 import zmq
 import zmq.asyncio
+from async_rl.launch.child import settle_heap
 
 from async_rl import config
 from async_rl.controller.controller import Controller
@@ -182,6 +183,7 @@ async def _serve(pipe: Connection, directory: Path) -> None:
             controller.stop()
 
     loop.add_reader(pipe.fileno(), asked)
+    settle_heap()
     pipe.send((rollouts.address, training.address))
     await controller.run()
     loop.remove_reader(pipe.fileno())

@@ -20,7 +20,7 @@ Transport: TypeAlias = Literal["shared_memory", "process_group", "http"]
 TerminalEvent: TypeAlias = Literal["trained", "filtered", "failed", "cancelled"]
 
 
-class WeightsId(msgspec.Struct, frozen=True, array_like=True, order=True):
+class WeightsId(msgspec.Struct, frozen=True, gc=False, array_like=True, order=True):
     """Names one set of weights. A learner that restarts from a checkpoint opens a new lineage."""
 
     lineage: int
@@ -28,7 +28,7 @@ class WeightsId(msgspec.Struct, frozen=True, array_like=True, order=True):
     """Number of composed batches the learner has completed, skipped steps included."""
 
 
-class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+class VersionSpan(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Tokens [start, end) of a sequence, sampled by the policy under `version`.
 
     Tokens in no span were not sampled by the policy (prompt, tool output): version -1, weight 0.
@@ -42,7 +42,7 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
     """Oldest weights that wrote the KV cache these tokens attended to; below `version` after a swap under `keep`."""
 
 
-class Sequence(msgspec.Struct, frozen=True):
+class Sequence(msgspec.Struct, frozen=True, gc=False):
     """One token sequence of a rollout; a turn that extends the previous tokens stays in the same sequence."""
 
     tokens: bytes
@@ -53,7 +53,7 @@ class Sequence(msgspec.Struct, frozen=True):
     """Ordered, disjoint, non-empty: what the policy sampled."""
 
 
-class RolloutResult(msgspec.Struct, frozen=True):
+class RolloutResult(msgspec.Struct, frozen=True, gc=False):
     """A finished, scored member of a group."""
 
     member: int
@@ -191,7 +191,7 @@ class Credit(msgspec.Struct, frozen=True, tag=True):
     limit: int
 
 
-class Segment(msgspec.Struct, frozen=True, tag=True):
+class Segment(msgspec.Struct, frozen=True, gc=False, tag=True):
     """The next sampled tokens of an unfinished rollout, persisted so that they are not sampled again."""
 
     group_id: int
@@ -349,7 +349,7 @@ class CheckpointSaved(msgspec.Struct, frozen=True, tag=True):
 # --- training stream: controller -> learner ------------------------------------------------------------------
 
 
-class TrainRollout(msgspec.Struct, frozen=True):
+class TrainRollout(msgspec.Struct, frozen=True, gc=False):
     """One rollout of a batch. Members of a group are consecutive."""
 
     group_id: int
