@@ -29,7 +29,7 @@ from async_rl.doctor.diagnosis import Draws, Gap, Observations, diagnose
 from async_rl.doctor.examine import examine, numerics_check
 from async_rl.doctor.footprint import footprint
 from async_rl.doctor.numerics import NothingSampled, observe, of_recipe
-from async_rl.engines import batcher as batcher_module
+from async_rl.engines import decoding
 from async_rl.engines.draw import draw
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Request, Snapshot, Swap
@@ -181,7 +181,7 @@ def test_log_probs_before_the_temperature(recipe: Path, monkeypatch: pytest.Monk
         tokens, _ = draw(logits, uniforms, *temperature)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    monkeypatch.setattr(batcher_module, "draw", raw)
+    monkeypatch.setattr(decoding, "draw", raw)
     found, observations = cause(load(recipe, "rollout.temperature=0.7"))
     assert found == "temperature" and observations.best_temperature == pytest.approx(1.0, abs=1e-3)
 
@@ -191,7 +191,7 @@ def test_tokens_of_another_temperature_than_their_log_probs(recipe: Path, monkey
         tokens, _ = draw(logits / 0.6, uniforms)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    monkeypatch.setattr(batcher_module, "draw", cold)
+    monkeypatch.setattr(decoding, "draw", cold)
     found, observations = cause(load(recipe))
     assert found == "temperature" and observations.gap.max < 1e-4
     assert observations.best_draws is not None and observations.best_draws.temperature == pytest.approx(0.6, abs=0.1)
@@ -203,7 +203,7 @@ def test_top_p(recipe: Path, monkeypatch: pytest.MonkeyPatch, renormalised: bool
         tokens, logprobs = draw(likeliest(logits, 0.8), uniforms)
         return tokens, logprobs if renormalised else logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-    monkeypatch.setattr(batcher_module, "draw", truncated)
+    monkeypatch.setattr(decoding, "draw", truncated)
     found, observations = cause(load(recipe))
     assert found == "truncation" and (observations.gap.max > 0.01) is renormalised
 

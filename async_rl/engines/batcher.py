@@ -24,24 +24,21 @@ from transformers import PreTrainedConfig
 
 from async_rl.engines import validation
 from async_rl.engines.decoder import Decoder, DecoderWeights
-from async_rl.engines.draw import draw, signed, uniforms
+from async_rl.engines.decoding import sample
+from async_rl.engines.draw import signed
 from async_rl.engines.kv_cache import KVCache
 from async_rl.engines.protocol import Chunk, Request
-from async_rl.engines.runs import Run, cut
+from async_rl.engines.readback import Flags, HostFlags, make_readback
+from async_rl.engines.runs import cut
+from async_rl.engines.slots import DUE, NO_TOKEN, Slots
+from async_rl.engines.static_steps import StaticSteps
+from async_rl.engines.steps import Batch, EagerSteps, Steps
 from async_rl.engines.versions import Entry, VersionLog
 from async_rl.engines.waiting import Admission, Prompt, Waiting
 from async_rl.wire.messages import FinishReason, VersionSpan, WeightsId
 
-TOKEN, POSITION, KEY, OFFSET, DUE, STOPS = range(6)
-"""Rows of the slots' int64 state. The newest token, and its position
-in the sequence: where its KV will be written. Key and offset of its uniform: counter = position + offset. The position
-at which the host must look. From STOPS on, stop tokens."""
-
-NO_TOKEN = -1
 PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 """Prompt tokens computed in one step, so that sequences in flight are not held up for long."""
-RUN_ALLOWANCE = {"cpu": 64, "cuda": 1 << 40}
-"""What one more attention call costs, in positions of one sequence; on a GPU more than it can save."""
 
 
 @dataclass(slots=True)
@@ -61,12 +58,18 @@ class Row:
 class Plan:
     """What stays the same from step to step while the same sequences are in the slots."""
 
-    runs: list[Run]
-    """Of lengths that count from tick 0: add the tick."""
-    tempered: bool
-    """A temperature other than 1 occurs."""
-    greedy: bool
-    """A greedy sequence occurs."""
+    rows: list[Row]
+    """Of slots 0, 1, ..., none missing."""
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A step at whose flags the host has not looked."""
+
+    tick: int
+    rows: list[Row]
+    flags: Flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,10 @@ class Batcher:
         dtype: torch.dtype,
         device: torch.device,
         prefill_tokens: int | None = None,
+        static: bool | None = None,
     ) -> None:
+        """static: decode steps of fixed shapes (engines.static_steps), which a GPU records and replays; None: on a
+        GPU."""
         limit: int = getattr(config, "max_position_embeddings")  # noqa: B009, the base class does not declare it
         self.slots = slots
         self.max_length = min(max_length, limit) if max_length else limit
@@ -99,7 +105,6 @@ class Batcher:
         self._decoder = Decoder(config, dtype=dtype, device=device)
         self._device = device
         self._prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(device.type, PREFILL_TOKENS["cuda"])
-        self._run_allowance = RUN_ALLOWANCE.get(device.type, RUN_ALLOWANCE["cuda"])
         self._live: DecoderWeights | None = None
         """None: nothing is on the device."""
         self._versions = VersionLog()
@@ -109,7 +114,6 @@ class Batcher:
         self._slot_of: dict[int, int] = {}
         self._computed: ComputedPrompt | None = None
         self._plan: Plan | None = None
-        self._rotations = self._decoder.rotations(self.max_length)
         self._cache = KVCache(
             layers=self._decoder.num_layers,
             slots=slots,
@@ -119,14 +123,13 @@ class Batcher:
             dtype=dtype,
             device=device,
         )
-        self._indices = torch.arange(slots)
-        self._positions = torch.arange(self.max_length)
-        self._state = torch.zeros((STOPS + 1, slots), dtype=torch.int64)
-        self._state[STOPS:] = NO_TOKEN
-        self._temperature = torch.ones(slots)
-        self._greedy = torch.zeros(slots, dtype=torch.bool)
-        self._tokens = torch.empty((slots, self.max_length), dtype=torch.int32)
-        self._logprobs = torch.empty((slots, self.max_length), dtype=torch.float32)
+        self._state = Slots(slots, self.max_length, self._decoder.rotations(self.max_length))
+        parts = (self._decoder, self._cache, self._state)
+        is_static = device.type == "cuda" if static is None else static
+        self._steps: Steps = StaticSteps(*parts) if is_static else EagerSteps(*parts)
+        self._readback = make_readback(device, slots)
+        self._unread: Unread | None = None
+        """The step before the next one, where the host looks late."""
 
     # --- what a caller does ---------------------------------------------------------------------------------
 
@@ -148,42 +151,55 @@ class Batcher:
 
     @torch.inference_mode()
     def cancel(self, request_ids: Iterable[int]) -> list[Chunk]:
-        chunks: list[Chunk] = []
+        chunks = self.settle()
         slots: list[int] = []
         for request_id in dict.fromkeys(request_ids):
             if self._waiting.remove(request_id) is not None:
                 chunks.append(Chunk(request_id, np.empty(0, np.int32), np.empty(0, np.float32), [], "aborted"))
             elif request_id in self._slot_of:
                 slots.append(self._slot_of[request_id])
-        return chunks + self._collect(slots, aborted=True)
+        return chunks + self._collect(slots, self._tick, aborted=True)
 
     def prepare(self, tensors: Mapping[str, Any]) -> DecoderWeights:
         """A set of weights ready for `swap`. Slow, and safe to call from another thread while steps run."""
-        return self._decoder.prepare(tensors)
+        with self._readback.apart():
+            return self._decoder.prepare(tensors)
 
     @torch.inference_mode()
     def swap(self, weights: WeightsId, prepared: DecoderWeights) -> None:
         """Every token from the next step on is sampled with these weights. Sequences in flight keep their KV; after a
         `release` it is computed anew."""
         was_released = self._live is None
-        self._live = prepared
+        self._live = self._steps.swap(self._live, prepared)
         self.weights = weights
         self._versions.swap(self._tick, weights.version, recomputed=was_released)
         self._computed = None  # a new sequence never attends to KV of older weights
         if was_released:
-            self._move(self._device)
-            self._recompute(prepared)
+            self._state.move(self._device)
+            self._recompute(self._live)
 
     @torch.inference_mode()
     def release(self) -> None:
         """Hold nothing on the device until the next `swap`; sequences in flight keep what they sampled."""
+        if self._unread is not None:
+            self._unread.flags.read()
         self._live = self._computed = None
+        self._steps.release()
         self._cache.release()
-        self._move(torch.device("cpu"))
+        self._state.move(torch.device("cpu"))
 
     def sampled(self) -> dict[int, int]:
         """request id -> tokens sampled of it so far; of those in a slot."""
         return {row.request.id: row.sampled(self._tick) for row in self._rows if row is not None}
+
+    @torch.inference_mode()
+    def settle(self) -> list[Chunk]:
+        """Chunks of steps that ran already: on a GPU, `step` returns those of the step before."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return []
+        self._readback.mark()
+        return self._look_at(unread)
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
@@ -258,12 +274,12 @@ class Batcher:
             return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
         tokens = self._tensor([token for prompt in prompts for token in prompt])
-        hidden = self._decoder.forward(live, tokens, self._rotations[self._tensor(positions)], attend)
+        hidden = self._decoder.forward(live, tokens, self._state.rotations[self._tensor(positions)], attend)
         return hidden[self._tensor(ends - 1)]
 
     def _recompute(self, live: DecoderWeights) -> None:
         """The KV cache of the sequences in flight, up to the token before the newest, whose KV the next step writes."""
-        tokens = self._tokens.cpu().numpy()
+        tokens = self._state.tokens.cpu().numpy()
         known: list[tuple[Prompt, int]] = []
         for slot, row in enumerate(self._rows):
             if row is not None:
@@ -285,103 +301,67 @@ class Batcher:
         requests = [request for admission in admissions for request in admission.requests]
         flat = [slot for group in slots for slot in group]
         self._rows += [None] * (max(flat) + 1 - len(self._rows))
-        self._widen(max(len(request.stop) for request in requests))
-        stops = self._state.shape[0] - STOPS
+        self._state.widen(max(len(request.stop) for request in requests))
         columns: list[list[int]] = []
         for slot, request in zip(flat, requests, strict=True):
             length = len(request.prompt)
             due = length + min(request.max_new_tokens, request.segment_tokens or request.max_new_tokens) - 1
-            padding = [NO_TOKEN] * (stops - len(request.stop))
+            padding = [NO_TOKEN] * (self._state.stops - len(request.stop))
             columns.append([0, length, signed(request.key), request.position - length, due, *request.stop, *padding])
             self._rows[slot] = Row(request, entry)
             self._slot_of[request.id] = slot
         where = self._tensor(flat)
-        self._state[:, where] = self._tensor(columns).T
+        self._state.state[:, where] = self._tensor(columns).T
         temperatures = [request.temperature for request in requests]
-        self._temperature[where] = torch.tensor([t or 1.0 for t in temperatures], device=self._device)
-        self._greedy[where] = torch.tensor([t == 0 for t in temperatures], device=self._device)
+        self._state.temperature[where] = torch.tensor([t or 1.0 for t in temperatures], device=self._device)
+        self._state.greedy[where] = torch.tensor([t == 0 for t in temperatures], device=self._device)
         self._plan = None
         members = np.repeat(np.arange(len(admissions)), [len(s) for s in slots])
-        plan = Plan([], tempered=any(t not in (0, 1) for t in temperatures), greedy=0 in temperatures)
-        return self._sample(where, logits_PV[self._tensor(members)], plan)
-
-    def _widen(self, stops: int) -> None:
-        """Room for so many stop tokens in every slot."""
-        missing = stops - (self._state.shape[0] - STOPS)
-        if missing > 0:
-            self._state = torch.cat((self._state, self._state.new_full((missing, self.slots), NO_TOKEN)))
+        logits_NV = logits_PV[self._tensor(members)]
+        mixed = {"tempered": any(t not in (0, 1) for t in temperatures), "greedy": 0 in temperatures}
+        due = HostFlags(sample(self._state, where, logits_NV, **mixed)).read()
+        self._readback.mark()
+        return self._collect([flat[i] for i in due], self._tick)
 
     # --- decoding -------------------------------------------------------------------------------------------
 
     def _decode(self, live: DecoderWeights, plan: Plan) -> list[Chunk]:
         self._tick += 1
-        rows = len(self._rows)
-        longest = max(run.length for run in plan.runs) + self._tick
-        self._cache.reserve(longest)
-        position_N = self._state[POSITION, :rows]
-        places_N = self._indices[:rows] * self._cache.length + position_N
-        groups = (self._decoder.kv_heads, self._decoder.heads // self._decoder.kv_heads)
-        mask = torch.empty(0)
-        if any(run.ragged for run in plan.runs):
-            hidden = self._positions[:longest] > position_N[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._device)
-            mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        self._readback.mark()
+        due_N = self._steps(live, plan.batch, self._tick)
+        earlier = self._unread
+        self._unread = Unread(self._tick, plan.rows, self._readback.flags(due_N))
+        if not self._steps.late:
+            return self.settle()
+        return [] if earlier is None else self._look_at(earlier)
 
-        def attend(layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            self._cache.write(layer, places_N, kv)
-            attended = q.new_empty((rows, *groups, q.shape[2]))
-            for run in plan.runs:
-                length = run.length + self._tick
-                k, v = self._cache.read(layer, run.first, run.last, length)
-                q_run = q[run.first : run.last].unflatten(
-                    1, groups
-                )  # the queries of one key-value head are "positions"
-                mask_run = None
-                if run.ragged:
-                    mask_run = mask[run.first : run.last, :, :, :length].expand(-1, -1, groups[1], -1)
-                attended[run.first : run.last] = F.scaled_dot_product_attention(q_run, k, v, attn_mask=mask_run)
-            return attended.flatten(1)
+    def _look_at(self, unread: Unread) -> list[Chunk]:
+        due = [unread.rows[i] for i in unread.flags.read()]
+        slots = [self._slot_of.get(row.request.id) for row in due]
+        alive = [slot for slot, row in zip(slots, due, strict=True) if slot is not None and self._rows[slot] is row]
+        return self._collect(alive, unread.tick)
 
-        hidden_NC = self._decoder.forward(live, self._state[TOKEN, :rows], self._rotations[position_N], attend)
-        position_N += 1
-        return self._sample(self._indices[:rows], self._decoder.logits(live, hidden_NC), plan)
-
-    def _sample(self, slots_N: torch.Tensor, logits_NV: torch.Tensor, plan: Plan) -> list[Chunk]:
-        """Draw the token at each slot's position and look at what is due."""
-        state = self._state[:, slots_N]
-        position_N = state[POSITION]
-        tokens_N, logprobs_N = draw(
-            logits_NV,
-            uniforms(state[KEY], position_N + state[OFFSET]),
-            self._temperature[slots_N] if plan.tempered else None,
-            self._greedy[slots_N] if plan.greedy else None,
-        )
-        self._state[TOKEN, slots_N] = tokens_N
-        places_N = slots_N * self.max_length + position_N
-        self._tokens.view(-1).index_copy_(0, places_N, tokens_N.int())
-        self._logprobs.view(-1).index_copy_(0, places_N, logprobs_N)
-        due_N = (state[STOPS:] == tokens_N).any(0) | (position_N >= state[DUE])
-        return self._collect(slots_N[due_N].tolist())
-
-    def _make_plan(self, rows: Sequence[Row]) -> Plan:
+    def _make_plan(self, rows: list[Row]) -> Plan:
         lengths = [len(row.request.prompt) - row.entry.tick for row in rows]
         temperatures = {row.request.temperature for row in rows}
-        return Plan(cut(lengths, self._run_allowance), not temperatures <= {0, 1}, 0 in temperatures)
+        mixed = {"tempered": not temperatures <= {0, 1}, "greedy": 0 in temperatures}
+        return Plan(rows, self._steps.batch(lengths, **mixed))
 
     # --- delivery -------------------------------------------------------------------------------------------
 
-    def _collect(self, slots: Sequence[int], *, aborted: bool = False) -> list[Chunk]:
-        """The new tokens of these slots; sequences that are over leave."""
+    def _collect(self, slots: Sequence[int], tick: int, *, aborted: bool = False) -> list[Chunk]:
+        """The new tokens of these slots up to a tick that was marked; sequences that are over leave."""
         if not slots:
             return []
         rows = [self._row(slot) for slot in slots]
-        counts = [row.sampled(self._tick) for row in rows]
+        counts = [row.sampled(tick) for row in rows]
         starts = [len(row.request.prompt) for row in rows]
         low = min(start + row.delivered for start, row in zip(starts, rows, strict=True))
         high = max(start + count for start, count in zip(starts, counts, strict=True))
-        where = self._tensor(slots)
-        tokens = self._tokens[where, low:high].cpu().numpy()
-        logprobs = self._logprobs[where, low:high].cpu().numpy()
+        with self._readback.aside():
+            where = self._tensor(slots)
+            tokens = self._state.tokens[where, low:high].cpu().numpy()
+            logprobs = self._state.logprobs[where, low:high].cpu().numpy()
         chunks: list[Chunk] = []
         known: dict[tuple[Entry, int, int], list[VersionSpan]] = {}  # what entered together has the same spans
         for i, (slot, row, count, start) in enumerate(zip(slots, rows, counts, starts, strict=True)):
@@ -394,6 +374,8 @@ class Batcher:
                 reason = "eos"
             elif count >= request.max_new_tokens:
                 reason = "length"
+            elif request.segment_tokens is not None and count < row.delivered + request.segment_tokens:
+                continue  # the step did not know yet that its last chunk had gone out
             lived = (row.entry, row.delivered, count)
             spans = known.get(lived)
             if spans is None:
@@ -402,7 +384,7 @@ class Batcher:
             if reason is None:
                 assert request.segment_tokens is not None
                 row.delivered = count
-                self._state[DUE, slot] = start + min(request.max_new_tokens, count + request.segment_tokens) - 1
+                self._state.state[DUE, slot] = start + min(request.max_new_tokens, count + request.segment_tokens) - 1
             else:
                 del self._slot_of[request.id]
                 self._rows[slot] = None
@@ -424,17 +406,8 @@ class Batcher:
         if sources:
             source, target = self._tensor(sources), self._tensor(targets)
             self._cache.move(source, target, self._cache.length)
-            for per_slot in (self._temperature, self._greedy, self._tokens, self._logprobs):
-                per_slot[target] = per_slot[source]
-            self._state[:, target] = self._state[:, source]
+            self._state.copy(source, target)
         return [row for row in rows if row is not None]
-
-    def _move(self, device: torch.device) -> None:
-        """Everything but weights and KV."""
-        self._rotations, self._indices = self._rotations.to(device), self._indices.to(device)
-        self._positions, self._state = self._positions.to(device), self._state.to(device)
-        self._temperature, self._greedy = self._temperature.to(device), self._greedy.to(device)
-        self._tokens, self._logprobs = self._tokens.to(device), self._logprobs.to(device)
 
     def _row(self, slot: int) -> Row:
         row = self._rows[slot]
@@ -443,4 +416,4 @@ class Batcher:
 
     def _tensor(self, values: Any) -> torch.Tensor:
         """int64, where the slots' state is now."""
-        return torch.as_tensor(values, dtype=torch.int64, device=self._state.device)
+        return torch.as_tensor(values, dtype=torch.int64, device=self._state.state.device)

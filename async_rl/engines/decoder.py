@@ -9,7 +9,7 @@ N tokens, C hidden size, H heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,33 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """A whole set, never changed once made: a swap exchanges the reference."""
+    """A whole set. A swap exchanges the reference, or copies what is in it where addresses must stay."""
 
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     head: Linear
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Each once, in an order that all sets of a model share."""
+        yield self.embedding
+        yield self.norm
+        products = [self.head]
+        for layer in self.layers:
+            yield layer.norm
+            yield layer.mlp_norm
+            if layer.qk_norm is not None:
+                yield layer.qk_norm
+            products += (layer.qkv, layer.out, layer.gate_up, layer.down)
+        for product in products:
+            if product.weight is not self.embedding:
+                yield product.weight
+            if product.bias is not None:
+                yield product.bias
+
+    def copy_(self, other: DecoderWeights) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 class Decoder:

@@ -218,11 +218,13 @@ class EmbeddedEngine:
             return ()
         self._stopwatch.switch("swap")
         started = time.monotonic()
+        chunks = self._batcher.settle()
         sampled = self._batcher.sampled()
         work()
         self._released = released
-        done.set_result(Swap(time.monotonic() - started, sampled, self._delivered, held(self._device)))
-        return ()
+        delivered = self._delivered + len(chunks)
+        done.set_result(Swap(time.monotonic() - started, sampled, delivered, held(self._device)))
+        return chunks
 
     def _leave(self) -> None:
         self._batcher.release()

@@ -36,6 +36,11 @@ class KVCache:
         """Positions a slot can hold now."""
         return self._store.shape[2]
 
+    @property
+    def address(self) -> int:
+        """Changes when `reserve` moves the store."""
+        return self._store.data_ptr()
+
     def reserve(self, length: int) -> bool:
         """Make room for `length` positions per slot; True if that moved the store."""
         if length <= self.length:

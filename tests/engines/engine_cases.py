@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+STATIC = ContextVar("static", default=False)
+"""Whether `make_batcher` takes decode steps of fixed shapes, as a GPU does."""
 
 
 def configs() -> dict[str, PreTrainedConfig]:
@@ -67,6 +72,7 @@ def make_batcher(model: Any, *, slots: int = 4, version: int = 0, **options: Any
         max_length=options.pop("max_length", 200),
         dtype=options.pop("dtype", torch.float32),
         device=torch.device("cpu"),
+        static=options.pop("static", STATIC.get()),
         **options,
     )
     swap(batcher, model, version)

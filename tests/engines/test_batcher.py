@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from engine_cases import (
+    STATIC,
     VOCABULARY,
     assert_covers,
     configs,
@@ -29,6 +31,13 @@ from async_rl.errors import UserError
 from async_rl.wire.messages import VersionSpan
 
 Model = Any
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "static"], autouse=True)
+def _steps(request: pytest.FixtureRequest) -> Iterator[None]:
+    token = STATIC.set(request.param)
+    yield
+    STATIC.reset(token)
 
 
 @pytest.fixture(scope="module")
