@@ -197,6 +197,8 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     activation_checkpointing: bool = False
     """Keep only what goes into each layer and compute the layer again in the backward pass: a third more work, a
     fraction of the activations' memory."""
+    compile: bool = False
+    """Fuse what is between matrix products (torch.compile), for a GPU; the first two steps take a while longer."""
     lora: Lora | None = None
     """Train adapters and freeze the rest; default: train everything."""
     sharding: Literal["none", "full"] = "none"

@@ -9,18 +9,14 @@ Completions of equal length are one block, and a block is one batched call: 512 
 kernel, 16 ragged ones are 16, and no token ever attends to padding. On CPU this is 2.5 to 4 times the padded speed for
 ragged lengths. A family of few tokens is one masked matrix instead: there the calls would cost more than the products.
 
-On a GPU in half precision all sequences of a micro-batch are one call of a variable-length kernel (torch's, or that of
-flash-attn), which wants to know where each begins; there every sequence carries its own prompt. In fp32, which these
-kernels do not have, a GPU goes block by block as a CPU does.
+On a GPU in half precision all sequences of a micro-batch are one call of a variable-length kernel, and all prompts that
+are continued one more (varlen.py). In fp32, which these kernels do not have, a GPU goes block by block as a CPU does.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,35 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 
+from async_rl.learner.families import Block, Family
+from async_rl.learner.varlen import Spans, attend_spans, spans_of
+
 NAME = "async_rl_packed"
 """Under which transformers finds the function. No mask function of this name is registered: transformers then makes no
 mask at all, and the families, which arrive through the keyword arguments of the forward pass, say everything."""
-
-
-class Block(NamedTuple):
-    """`sequences` consecutive sequences of `length` tokens each."""
-
-    sequences: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-
-class Family(NamedTuple):
-    """`prefix` tokens that all sequences of the blocks continue, then the blocks."""
-
-    prefix: int
-    blocks: tuple[Block, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.prefix + sum(block.tokens for block in self.blocks)
-
-    @property
-    def longest(self) -> int:
-        return self.prefix + max((block.length for block in self.blocks), default=0)
 
 
 DENSE_TOKENS = 1024
@@ -65,16 +38,12 @@ call in its backward pass however short the block: at 4 families of 200 tokens t
 
 
 def shares_prefixes(device: torch.device) -> bool:
-    """Whether `attend` knows families with a prefix there; elsewhere every sequence carries its own prompt."""
-    return device.type == "cpu"
+    """Whether families with a prefix are computed there; elsewhere every sequence carries its own prompt."""
+    return device.type in ("cpu", "cuda")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float | None) -> Tensor:
     """[1, heads, T, D] queries, [1, kv heads, T, D] keys and values to [1, T, heads, D]."""
-    if query.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16):
-        kernel = varlen_kernel()
-        if kernel is not None:
-            return attend_varlen(kernel, query, key, value, families, scale)
     sizes = [family.tokens for family in families]
     parts = zip(families, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = [_attend_family(family, q, k, v, scale) for family, q, k, v in parts]
@@ -91,9 +60,11 @@ def _attend_family(family: Family, query: Tensor, key: Tensor, value: Tensor, sc
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in fp32
     factor = float(query.shape[-1] ** -0.5) if scale is None else scale
     copies = query.shape[1] // key.shape[1]
+    if family.tokens > DENSE_TOKENS and query.device.type != "cpu":
+        return _attend_completions(family, query, key, value, factor)
     if family.tokens <= DENSE_TOKENS:
         scores = query.squeeze(0).unflatten(0, (-1, copies)) @ (key * factor).transpose(-1, -2).squeeze(0)[:, None]
-        weights = scores.masked_fill(_hidden(family), -torch.inf).softmax(-1)  # sums are fp32 inside
+        weights = scores.masked_fill(_hidden(family, query.device), -torch.inf).softmax(-1)  # sums are fp32 inside
         return (weights @ value.squeeze(0)[:, None]).flatten(0, 1).transpose(0, 1)
     key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     output = cast(Tensor, _SharedPrefix.apply(query, key, value, family, factor))
@@ -101,12 +72,31 @@ def _attend_family(family: Family, query: Tensor, key: Tensor, value: Tensor, sc
 
 
 @lru_cache(maxsize=64)
-def _hidden(family: Family) -> Tensor:
+def _hidden(family: Family, device: torch.device) -> Tensor:
     """[tokens, tokens] bool, True where a token does not see another; the same for every layer of the model."""
     lengths = [family.prefix, *(block.length for block in family.blocks for _ in range(block.sequences))]
     owner_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     sees_TT = (owner_T == 0) | (owner_T == owner_T[:, None])
-    return ~sees_TT.tril()
+    return (~sees_TT.tril()).to(device)
+
+
+def _attend_completions(family: Family, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """[tokens, heads, D]; any device and dtype. Every completion is given the keys and values of the prompt."""
+    sizes = [family.prefix, *(block.tokens for block in family.blocks)]
+    (q, *qs), (k, *ks), (v, *vs) = query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)
+    outputs = [_attend_block(Block(1, family.prefix), q, k, v, scale)]
+    for block, q_b, k_b, v_b in zip(family.blocks, qs, ks, vs, strict=True):
+        ours = _batched(q_b, block)
+        theirs = [
+            torch.cat([x.expand(block.sequences, -1, -1, -1), _batched(y, block)], 2) for x, y in ((k, k_b), (v, v_b))
+        ]
+        sees = torch.ones(block.length, family.prefix + block.length, dtype=torch.bool, device=query.device)
+        grouped = query.shape[1] != key.shape[1]
+        output = F.scaled_dot_product_attention(
+            ours, *theirs, attn_mask=sees.tril(family.prefix), scale=scale, enable_gqa=grouped
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def _attend_block(block: Block, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -129,91 +119,6 @@ def _flat(x: Tensor) -> Tensor:
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Bounds(NamedTuple):
-    """Where sequences lie in T, as variable-length kernels want to be told."""
-
-    starts: Tensor
-    """[sequences + 1] int32: the first token of each, and T"""
-    longest: int
-    """Tokens"""
-
-
-Varlen = Callable[[Tensor, Tensor, Tensor, Bounds, float | None], Tensor]
-"""Causal attention: [T, heads, D] queries, [T, kv heads, D] keys and values, bounds, scale -> [T, heads, D]."""
-
-
-def sequence_starts(families: tuple[Family, ...]) -> list[int]:
-    """The first token of every sequence, and the end of the last.
-
-    >>> sequence_starts((Family(0, (Block(2, 3), Block(1, 4))), Family(0, (Block(1, 5),))))
-    [0, 3, 6, 10, 15]
-
-    Raises:
-        ValueError: a family shares a prompt, which `shares_prefixes` denies for devices that ask this.
-    """
-    if any(family.prefix for family in families):
-        raise ValueError("variable-length kernels know no shared prompts: pack with share_prompts=False")
-    blocks = (block for family in families for block in family.blocks)
-    return list(accumulate((block.length for block in blocks for _ in range(block.sequences)), initial=0))
-
-
-@lru_cache(maxsize=8)
-def _bounds(families: tuple[Family, ...], device: torch.device) -> Bounds:
-    """The same for every layer, and for the forward pass that is computed again."""
-    starts = torch.tensor(sequence_starts(families), dtype=torch.int32).to(device, non_blocking=True)
-    return Bounds(starts, max(family.longest for family in families))
-
-
-def attend_varlen(
-    kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float | None
-) -> Tensor:
-    """As `attend`."""
-    bounds = _bounds(families, query.device)
-    # autocast leaves rotated queries and keys in fp32
-    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return kernel(q, k, v, bounds, scale).unsqueeze(0)
-
-
-@lru_cache(maxsize=1)
-def varlen_kernel() -> Varlen | None:
-    """torch's own where this torch has it, else flash-attn's where it is installed."""
-    return _torch_varlen() or _flash_attn()
-
-
-def _torch_varlen() -> Varlen | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        return None  # an earlier interface of it
-
-    def attend_(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
-        starts, longest = bounds
-        grouped = query.shape[1] != key.shape[1]
-        output = varlen_attn(
-            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-        )
-        return cast(Tensor, output)
-
-    return attend_
-
-
-def _flash_attn() -> Varlen | None:
-    try:
-        import flash_attn  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    kernel: Any = flash_attn.flash_attn_varlen_func
-
-    def attend_(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
-        starts, longest = bounds
-        output: Tensor = kernel(query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=True)
-        return output
-
-    return attend_
 
 
 class _SharedPrefix(torch.autograd.Function):
@@ -275,17 +180,16 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     packed_families: tuple[Family, ...] = (),
+    packed_spans: Spans | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls. Raises ValueError where the model asks for what packing does not do."""
+    """What transformers calls. Raises ValueError where someone else calls the model."""
+    if packed_spans is not None:
+        scale = float(query.shape[-1] ** -0.5) if scaling is None else scaling
+        return attend_spans(query, key, value, packed_spans, scale), None
     if not packed_families:
         raise ValueError("packed attention was called without packed_families: use run_packed")
-    if sliding_window is not None and max(family.longest for family in packed_families) > sliding_window:
-        raise ValueError(
-            f"sequences longer than the model's sliding window of {sliding_window} tokens cannot be packed"
-        )
     return attend(query, key, value, packed_families, scaling), None
 
 
@@ -298,6 +202,27 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def run_packed(model: PreTrainedModel, input_1T: Tensor, position_1T: Tensor, families: tuple[Family, ...]) -> Tensor:
-    """[T, H] hidden states after the last norm, before the head."""
-    output = model.base_model(input_ids=input_1T, position_ids=position_1T, use_cache=False, packed_families=families)
+    """[T, H] hidden states after the last norm, before the head.
+
+    Raises ValueError where a sequence is longer than a sliding window of the model: packing does not do that.
+    """
+    _check_windows(model, max(family.longest for family in families))
+    packed: dict[str, Any] = {"packed_families": families}
+    if uses_spans(model, input_1T.device):
+        packed = {"packed_spans": spans_of(families, input_1T.device)}
+    output = model.base_model(input_ids=input_1T, position_ids=position_1T, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)
+
+
+def uses_spans(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether products are in half precision on a GPU here: variable-length kernels are for these."""
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.dtype
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _check_windows(model: PreTrainedModel, longest: int) -> None:
+    for layer in cast(nn.ModuleList, model.base_model.layers):
+        window = cast(int | None, getattr(layer.self_attn, "sliding_window", None))
+        if window is not None and longest > window:
+            raise ValueError(f"sequences longer than the model's sliding window of {window} tokens cannot be packed")

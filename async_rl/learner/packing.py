@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from async_rl.learner.packed_attention import Block, Family
+from async_rl.learner.families import Block, Family
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

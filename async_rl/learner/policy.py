@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.families import Block, Family
 from async_rl.learner.logprobs import TokenLogprobs, token_logprobs
-from async_rl.learner.packed_attention import Block, Family, run_packed, use_packed_attention
+from async_rl.learner.packed_attention import run_packed, use_packed_attention
 from async_rl.learner.packing import PackedTokens
 from async_rl.learner.sharding import shard
 
@@ -30,6 +31,14 @@ def recompute(layers: nn.ModuleList) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Each decoder layer as torch.compile makes it: norms, rotary embedding, gate, residuals, casts in a few kernels.
+    Layers of one shape share what is compiled, in the first two steps, the second time for any number of tokens. Before
+    `recompute`."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
 class PackedPolicy(nn.Module):
     """Not in training mode: without dropout, log-probs are those of the policy that samples."""
 
@@ -40,9 +49,14 @@ class PackedPolicy(nn.Module):
         self.model = model
         self._temperature = temperature
         self._low = torch.bfloat16 if dtype == "bfloat16" else None
-        self._collective = False
+        self._collective = self._fused = False
         self.eval()
         use_packed_attention(model)
+
+    def fuse(self) -> None:
+        """Fuse what is between matrix products, for a GPU; before `recompute_layers`."""
+        compile_layers(self._layers())
+        self._fused = True
 
     def recompute_layers(self) -> None:
         """Activation checkpointing, see `recompute`."""
@@ -68,6 +82,7 @@ class PackedPolicy(nn.Module):
             tokens.target_K,
             temperature=self._temperature,
             dtype=self._low,
+            fused=self._fused,
         )
 
     def hidden(self, tokens: PackedTokens) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from async_rl.learner.logprobs import CHUNK_ELEMENTS
+from async_rl.learner.logprobs import chunk_of
 
 Direction = Literal["reverse", "forward"]
 
@@ -28,7 +28,7 @@ def token_kl(
     *,
     direction: Direction = "reverse",
     temperature: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> Tensor:
     """[K] float32 from hidden states and head weights.
 
@@ -36,7 +36,7 @@ def token_kl(
     the rows that both have.
     """
     vocabulary = min(student_VH.shape[0], teacher_VD.shape[0])
-    rows = max(1, chunk_elements // (2 * vocabulary))
+    rows = max(1, (chunk_elements or chunk_of(student_KH.device)) // (2 * vocabulary))
     arguments = (student_KH, student_VH, teacher_KD.detach(), teacher_VD.detach(), direction, temperature, rows)
     return cast(Tensor, _TokenKL.apply(*arguments))
 

@@ -90,6 +90,8 @@ class Learner:
             if found is not None:
                 load_adapters(self.model, found[0] / FOLDER)
         policy = PackedPolicy(self.model, temperature=run.rollout.temperature, dtype=run.learner.dtype)
+        if run.learner.compile:
+            policy.fuse()
         if run.learner.activation_checkpointing:
             policy.recompute_layers()
         if self._sharded:

@@ -99,12 +99,16 @@ def is_sharded(recipe: StageRecipe, ranks: Ranks) -> bool:
 
 def _policy(source: Model, recipe: StageRecipe, ranks: Ranks) -> PackedPolicy:
     """What is trained: spread over the ranks if the recipe says so."""
-    if not is_sharded(recipe, ranks):
-        return PackedPolicy(_model(source, recipe, ranks), dtype=recipe.learner.dtype)
+    sharded = is_sharded(recipe, ranks)
     with checkpoint.no_progress_bars():
         model = build_model(source, seed=recipe.seed, dtype=torch.float32)
     policy = PackedPolicy(model, dtype=recipe.learner.dtype)
-    policy.shard(ranks)
+    if recipe.learner.compile:
+        policy.fuse()
+    if sharded:
+        policy.shard(ranks)
+    else:
+        policy.to(ranks.device)
     return policy
 
 

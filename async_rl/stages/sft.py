@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from async_rl.learner.logprobs import CHUNK_ELEMENTS
+from async_rl.learner.logprobs import chunk_of
 from async_rl.learner.optimisation import Stats
 from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
@@ -56,7 +56,7 @@ class SFT:
 def _judged(policy: PackedPolicy, target_K: Tensor, hidden_KH: Tensor) -> tuple[Tensor, Tensor]:
     """[K] log-prob of each target, and whether it is the most likely token; in chunks, without gradient."""
     weight_VH = cast(nn.Linear, policy.model.get_output_embeddings()).weight
-    rows = max(1, CHUNK_ELEMENTS // weight_VH.shape[0])
+    rows = max(1, chunk_of(hidden_KH.device) // weight_VH.shape[0])
     logps, hits = [hidden_KH.new_zeros(0, dtype=torch.float32)], [target_K.new_zeros(0, dtype=torch.bool)]
     for hidden, target in zip(hidden_KH.split(rows), target_K.split(rows), strict=True):
         logits = (hidden @ weight_VH.to(hidden.dtype).t()).float()

@@ -15,7 +15,7 @@ from learner_cases import message, ragged_rollouts
 
 from async_rl.errors import ProtocolError
 from async_rl.learner.batch import flatten, pack
-from async_rl.learner.packed_attention import Block, Family
+from async_rl.learner.families import Block, Family
 from async_rl.wire.messages import Sequence, TrainRollout, VersionSpan
 
 

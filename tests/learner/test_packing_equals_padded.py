@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -16,11 +15,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from async_rl.algorithms.batch import Normaliser, TokenBatch
 from async_rl.config import Learner as LearnerConfig
 from async_rl.config import Rollout, Run
-from async_rl.learner import packed_attention
+from async_rl.learner import logprobs, packed_attention
 from async_rl.learner.batch import StepBatch, flatten, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.logprobs import token_logprobs
-from async_rl.learner.packed_attention import Bounds, attend_varlen, run_packed, sequence_starts, use_packed_attention
+from async_rl.learner.packed_attention import run_packed, use_packed_attention
 from async_rl.learner.trainer import Learner, build_objective
 from async_rl.models.loading import build_model
 from async_rl.wire.messages import TrainRollout
@@ -150,7 +149,9 @@ def test_log_probs_and_entropy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 50, 1 << 20])
-def test_head_in_chunks_equals_autograd(chunk_elements: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_head_in_chunks_equals_autograd(chunk_elements: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(11, 8, generator=generator, dtype=torch.float64)
@@ -160,7 +161,8 @@ def test_head_in_chunks_equals_autograd(chunk_elements: int) -> None:
     def gradients(chunked: bool) -> tuple[Tensor, ...]:
         h, w = hidden.float().requires_grad_(), weight.float().requires_grad_()
         if chunked:
-            logp, entropy = token_logprobs(h, w, target, temperature=0.7, chunk_elements=chunk_elements)
+            options = {"chunk_elements": chunk_elements, "fused": fused}
+            logp, entropy = token_logprobs(h, w, target, temperature=0.7, **options)
         else:
             log_p = (h @ w.t() / 0.7).log_softmax(-1)
             logp, entropy = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
@@ -179,35 +181,6 @@ def test_bfloat16_autocast_trains_on_common_prompts(ranks: Ranks, tmp_path: Path
         learner = Learner(tiny_run(learner=LearnerConfig(dtype=dtype)), tmp_path / dtype, ranks)
         losses.append(learner.train(message(ragged_rollouts(seed=3)))["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
-
-
-def plain_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scale: float | None) -> Tensor:
-    """What variable-length kernels promise, sequence by sequence; the kernels themselves are on GPUs."""
-    starts = bounds.starts.tolist()
-    assert bounds.longest == max(end - start for start, end in pairwise(starts))
-    outputs: list[Tensor] = []
-    for start, end in pairwise(starts):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-        weights = (q @ k.repeat_interleave(len(q) // len(k), 0).mT) * (scale or q.shape[-1] ** -0.5)
-        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        weights = weights.masked_fill(hidden, -torch.inf).softmax(-1)
-        outputs.append((weights @ v.repeat_interleave(len(q) // len(v), 0)).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_families_as_variable_length_kernels_want_them(scale: float | None) -> None:
-    step = flatten(message(ragged_rollouts(seed=5)))
-    families = pack(step, range(16), share_prompts=False).tokens.families
-    starts = sequence_starts(families)
-    assert starts[0] == 0 and sorted(np.diff(starts)) == sorted(step.sequences.fed_S[step.sequences.fed_S > 0])
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, starts[-1], 8, generator=generator) for heads in (4, 2, 2))
-    expected = packed_attention.attend(query, key, value, families, scale)
-    found = attend_varlen(plain_varlen, query, key, value, families, scale)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no shared prompts"):
-        sequence_starts(pack(step, range(16)).tokens.families)
 
 
 def test_layers_computed_again_give_the_same_gradient(ranks: Ranks, tmp_path: Path) -> None:
