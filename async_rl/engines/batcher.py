@@ -27,12 +27,12 @@ from async_rl.engines.decoder import Decoder, DecoderWeights
 from async_rl.engines.decoding import sample
 from async_rl.engines.draw import signed
 from async_rl.engines.kv_cache import KVCache
+from async_rl.engines.make_steps import Kind, make_steps
 from async_rl.engines.protocol import Chunk, Request
 from async_rl.engines.readback import Flags, HostFlags, make_readback
 from async_rl.engines.runs import cut
 from async_rl.engines.slots import DUE, NO_TOKEN, Slots
-from async_rl.engines.static_steps import StaticSteps
-from async_rl.engines.steps import Batch, EagerSteps, Steps
+from async_rl.engines.steps import Batch
 from async_rl.engines.versions import Entry, VersionLog
 from async_rl.engines.waiting import Admission, Prompt, Waiting
 from async_rl.wire.messages import FinishReason, VersionSpan, WeightsId
@@ -94,10 +94,9 @@ class Batcher:
         dtype: torch.dtype,
         device: torch.device,
         prefill_tokens: int | None = None,
-        static: bool | None = None,
+        steps: Kind = "auto",
     ) -> None:
-        """static: decode steps of fixed shapes (engines.static_steps), which a GPU records and replays; None: on a
-        GPU."""
+        """steps: how a decode step is computed (engines.make_steps)."""
         limit: int = getattr(config, "max_position_embeddings")  # noqa: B009, the base class does not declare it
         self.slots = slots
         self.max_length = min(max_length, limit) if max_length else limit
@@ -124,9 +123,7 @@ class Batcher:
             device=device,
         )
         self._state = Slots(slots, self.max_length, self._decoder.rotations(self.max_length))
-        parts = (self._decoder, self._cache, self._state)
-        is_static = device.type == "cuda" if static is None else static
-        self._steps: Steps = StaticSteps(*parts) if is_static else EagerSteps(*parts)
+        self._steps = make_steps(steps, self._decoder, self._cache, self._state)
         self._readback = make_readback(device, slots)
         self._unread: Unread | None = None
         """The step before the next one, where the host looks late."""

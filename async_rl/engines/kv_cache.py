@@ -41,6 +41,10 @@ class KVCache:
         """Changes when `reserve` moves the store."""
         return self._store.data_ptr()
 
+    def layer(self, index: int) -> torch.Tensor:
+        """[slots, length, 2K, D] of one layer; no copy."""
+        return self._store[index]
+
     def reserve(self, length: int) -> bool:
         """Make room for `length` positions per slot; True if that moved the store."""
         if length <= self.length:

@@ -11,7 +11,7 @@ The first step of a shape runs as it is, and warms up what must not happen while
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,6 +22,9 @@ from async_rl.engines.kv_cache import KVCache
 from async_rl.engines.runs import Run
 from async_rl.engines.slots import POSITION, Slots
 from async_rl.engines.steps import Batch
+
+if TYPE_CHECKING:
+    from async_rl.engines.fused import Fused
 
 LEAST_LENGTH = 256
 """Positions of the smallest bucket of lengths."""
@@ -46,9 +49,10 @@ class Direct:
 class StaticSteps:
     late = True
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots, *, record: bool = True) -> None:
-        self._decoder, self._cache, self._slots = decoder, cache, slots
-        self._recorder: Recorder = Graphs(decoder.device) if record and decoder.device.type == "cuda" else Direct()
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots, fused: Fused | None = None) -> None:
+        """fused: computes the step by kernels of our own; None: by torch operations."""
+        self._decoder, self._cache, self._slots, self._fused = decoder, cache, slots, fused
+        self._recorder: Recorder = Graphs(decoder.device) if decoder.device.type == "cuda" else Direct()
         self._addresses: object = None
         self._due: torch.Tensor | None = None
         self._count: torch.Tensor | None = None
@@ -66,6 +70,11 @@ class StaticSteps:
         if len(batch.lengths) != self._counted:
             self._counted = len(batch.lengths)
             count.fill_(self._counted)
+
+        if self._fused is not None:
+            fused = self._fused
+            self._recorder((rows, length), lambda: fused(weights, rows, length, count, due))
+            return due[: len(batch.lengths)]
 
         def work() -> None:
             position_N = self._slots.state[POSITION, :rows]

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from async_rl.engines.batcher import Batcher
+from async_rl.engines.make_steps import Kind
 from async_rl.engines.protocol import Chunk, Request
 from async_rl.engines.sampling import rollout_key
 from async_rl.wire.messages import WeightsId
@@ -36,8 +37,8 @@ LLAMA3 = {
 }
 
 
-STATIC = ContextVar("static", default=False)
-"""Whether `make_batcher` takes decode steps of fixed shapes, as a GPU does."""
+STEPS: ContextVar[Kind] = ContextVar("steps", default="eager")
+"""How batchers of `make_batcher` compute their decode steps."""
 
 
 def configs() -> dict[str, PreTrainedConfig]:
@@ -72,7 +73,7 @@ def make_batcher(model: Any, *, slots: int = 4, version: int = 0, **options: Any
         max_length=options.pop("max_length", 200),
         dtype=options.pop("dtype", torch.float32),
         device=torch.device("cpu"),
-        static=options.pop("static", STATIC.get()),
+        steps=options.pop("steps", STEPS.get()),
         **options,
     )
     swap(batcher, model, version)

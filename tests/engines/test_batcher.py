@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_cases import (
-    STATIC,
+    STEPS,
     VOCABULARY,
     assert_covers,
     configs,
@@ -33,11 +33,11 @@ from async_rl.wire.messages import VersionSpan
 Model = Any
 
 
-@pytest.fixture(params=[False, True], ids=["eager", "static"], autouse=True)
+@pytest.fixture(params=["eager", "static"], autouse=True)
 def _steps(request: pytest.FixtureRequest) -> Iterator[None]:
-    token = STATIC.set(request.param)
+    token = STEPS.set(request.param)
     yield
-    STATIC.reset(token)
+    STEPS.reset(token)
 
 
 @pytest.fixture(scope="module")

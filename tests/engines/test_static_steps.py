@@ -44,7 +44,7 @@ class Shapes:
 
 
 def watched(model: Model, **options: Any) -> tuple[Batcher, Shapes]:
-    batcher, shapes = make_batcher(model, static=True, **options), Shapes()
+    batcher, shapes = make_batcher(model, steps="static", **options), Shapes()
     steps_of(batcher)._recorder = shapes
     return batcher, shapes
 
@@ -57,7 +57,7 @@ def test_equals_steps_of_the_lengths_there_are(name: str) -> None:
         request(i, prompt, 2 + 5 * (i % 7), temperature=temperatures[i % 3], stop=frozenset(range(i % 3)))
         for i, prompt in enumerate(prompts(23, longest=60))
     ]
-    eager, static = (run(make_batcher(model, slots=6, static=static), requests) for static in (False, True))
+    eager, static = (run(make_batcher(model, slots=6, steps=kind), requests) for kind in ("eager", "static"))
     for one in requests:
         assert static[one.id].tokens.tolist() == eager[one.id].tokens.tolist()
         assert static[one.id].finish_reason == eager[one.id].finish_reason
@@ -103,7 +103,7 @@ def test_the_cache_grows_by_buckets() -> None:
 
 
 def test_a_sequence_ends_a_step_late_without_more_tokens(llama: Model) -> None:
-    batcher = make_batcher(llama, slots=2, static=True)
+    batcher = make_batcher(llama, slots=2, steps="static")
     batcher.submit([request(0, (1, 2, 3), 3), request(1, (1, 2, 3), 9)])
     assert batcher.step() == batcher.step() == []  # three tokens are there now
     assert batcher.sampled() == {0: 3, 1: 3}
@@ -114,7 +114,7 @@ def test_a_sequence_ends_a_step_late_without_more_tokens(llama: Model) -> None:
 
 
 def test_what_is_settled_before_a_swap_ends_before_it(llama: Model) -> None:
-    batcher = make_batcher(llama, slots=2, version=1, static=True)
+    batcher = make_batcher(llama, slots=2, version=1, steps="static")
     batcher.submit([request(0, (1, 2, 3), 3), request(1, (1, 2, 3), 6)])
     batcher.step()
     batcher.step()
@@ -125,7 +125,7 @@ def test_what_is_settled_before_a_swap_ends_before_it(llama: Model) -> None:
 
 
 def test_a_cancelled_request_that_had_ended_is_not_aborted(llama: Model) -> None:
-    batcher = make_batcher(llama, slots=2, static=True)
+    batcher = make_batcher(llama, slots=2, steps="static")
     batcher.submit([request(0, (1, 2, 3), 3), request(1, (1, 2, 3), 9)])
     batcher.step()
     batcher.step()
@@ -136,7 +136,7 @@ def test_a_cancelled_request_that_had_ended_is_not_aborted(llama: Model) -> None
 
 @pytest.mark.parametrize("segment", [1, 2, 3])
 def test_segments_are_whole(llama: Model, segment: int) -> None:
-    batcher = make_batcher(llama, slots=3, static=True)
+    batcher = make_batcher(llama, slots=3, steps="static")
     requests = [request(i, (1, 2, 3 + i), 9, segment_tokens=segment) for i in range(4)]
     whole = run(make_batcher(llama), [request(one.id, one.prompt, 9) for one in requests])
     batcher.submit(requests)
@@ -155,7 +155,7 @@ def test_segments_are_whole(llama: Model, segment: int) -> None:
 def test_the_last_position_of_every_slot(llama: Model) -> None:
     """The token that is one too many has a place of its own."""
     requests = [request(i, tuple(range(50)), 150) for i in range(2)]
-    batcher = make_batcher(llama, slots=2, static=True)
+    batcher = make_batcher(llama, slots=2, steps="static")
     chunks = run(batcher, requests)
     eager = run(make_batcher(llama, slots=2), requests)
     for one in requests:
@@ -164,7 +164,7 @@ def test_the_last_position_of_every_slot(llama: Model) -> None:
 
 def test_free_slots_keep_to_themselves(llama: Model) -> None:
     """What is computed for the rows that fill a bucket changes nothing and stays finite."""
-    batcher = make_batcher(llama, slots=8, static=True)
+    batcher = make_batcher(llama, slots=8, steps="static")
     run(batcher, [request(i, prompt, 12) for i, prompt in enumerate(prompts(8))])
     one = request(9, (5, 6, 7), 30)
     batcher.submit([one, request(10, (8,), 30), request(11, (9,), 30)])
