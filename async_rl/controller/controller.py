@@ -21,14 +21,15 @@ from typing import TypeVar
 import msgspec
 
 from async_rl.config import Run
-from async_rl.controller.backoff import Backoff
+from async_rl.controller.alarms import Alarms
 from async_rl.controller.colocation import Colocation
+from async_rl.controller.commits import Commits
 from async_rl.controller.composer import RUN_COMPLETE, Batch, Composer
 from async_rl.controller.evaluation import Evaluations
 from async_rl.controller.fast_lane import FastLane
 from async_rl.controller.generators import Generators, Peer
-from async_rl.controller.watchdog import Watchdog
-from async_rl.controller.weight_routes import WeightRoutes
+from async_rl.controller.watchdog import Watchdog, pending_rollouts
+from async_rl.controller.weight_delivery import WeightDelivery
 from async_rl.errors import ProtocolError, UserError
 from async_rl.ledger.ledger import Group, Ledger
 from async_rl.ledger.states import State
@@ -80,13 +81,6 @@ EVALUATION_TIMEOUT_S = 1800.0
 PULSE_INTERVAL_S = 0.25
 TURN_S = 0.001
 """A stream with frames at hand is read for so long; then the others have their turn."""
-FILTERED_WARNING = 10
-"""Say so when as many groups were filtered as this many steps hold, and none was trained on."""
-SLOW_RETRY_S = 1.0
-"""From this pause between two tries on, it is said that weights do not arrive."""
-WEIGHT_GROUP = "the weight group"
-NAMED_PENDING = 8
-"""The watchdog names so many pending rollouts, the oldest."""
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -122,7 +116,7 @@ class Controller:
             self._lease_again,
             timeout_s=timeout_s,
             silent_s=SILENT_S,
-            silence=self._silence,
+            silence=lambda peer: self._weights.silence(peer),
         )
         heldout = heldout_tasks(tasks, run.evaluation.tasks)
         self._evaluations = Evaluations(heldout, max_new_tokens=run.rollout.max_new_tokens)
@@ -130,10 +124,13 @@ class Controller:
         """Connection of the learner."""
         self._requested: int | None = None
         """The step whose batch the learner waits for."""
-        self._routes = WeightRoutes(run.weights.transport)
-        self._changed: float | None = None
-        """Share of the elements in which the newest weights differ from those before, where it was measured."""
-        self._live_updates = 0
+        self._weights = WeightDelivery(
+            run.weights.transport,
+            self._generators,
+            to_generator=rollouts.send,
+            to_learner=self._send_learner,
+            say=journal.say,
+        )
         self._composer = Composer(
             run,
             ledger,
@@ -142,22 +139,13 @@ class Controller:
             withdraw=self._withdraw,
         )
         self._lane = FastLane(self._generators, self._composer, rollouts.send)
-        self._length_report: Row | None = None
-        """Of the newest complete cohort."""
-        self._lengths_biased = False
-        self._filtered = 0
-        """Groups that were filtered since the last step was composed."""
-        self._failed_in_a_row = 0
-        """Training episodes that failed since the last one that did not."""
-        self._retries = Backoff()
-        """Of weights that did not arrive, by generator or by WEIGHT_GROUP."""
+        self._alarms = Alarms(run, journal.say)
         self._attempts: dict[tuple[int, int], int] = {}
         """How many generators died with a rollout."""
         ledger.on_end = self._rollouts_ended
         self._batches: dict[int, Batch] = {}
         """Those that were sent and are not done."""
-        self._after_commit: list[Callable[[], None]] = []
-        self._commit_wanted = asyncio.Event()
+        self._commits = Commits(ledger)
         self._live = asyncio.Event()
         """A generator holds weights."""
         self._trained = asyncio.Event()
@@ -189,7 +177,7 @@ class Controller:
             background = [
                 tasks.create_task(self._serve(self._rollouts, self._from_generator), name="rollout stream"),
                 tasks.create_task(self._serve(self._training, self._from_learner), name="training stream"),
-                tasks.create_task(self._commit_forever(), name="commits"),
+                tasks.create_task(self._commits.run(), name="commits"),
             ]
             if self._turns is not None:
                 background.append(tasks.create_task(self._turns.watch(), name="turns"))
@@ -316,7 +304,7 @@ class Controller:
     def _stop_clocks(self) -> None:
         """Nobody is declared gone and nothing pending is named from now on."""
         self._watchdog.stop()
-        self._retries.close()
+        self._weights.close()
         self._generators.close()
         if self._turns is not None:
             self._turns.close()
@@ -357,7 +345,7 @@ class Controller:
             fresh.append(self._lease(group, members, position))
         if fresh:
             self._generators.enqueue(fresh)
-            self._commit_wanted.set()
+            self._commits.want()
 
     def _lease(self, group: Group, members: list[int], position: int | None = None) -> GroupLease:
         """position: groups that are trained before this one; None where some of it was sampled already."""
@@ -419,7 +407,8 @@ class Controller:
         if batch is None:
             self._admit()  # what was dropped, or came to nothing, has returned its credit
             return
-        self._requested, self._filtered = None, 0
+        self._requested = None
+        self._alarms.composed()
         self._batches[step] = batch
         self._lane.changed(composed=True)
         if self._usage.started is None:
@@ -427,7 +416,7 @@ class Controller:
             self._ask_everyone()
         if self._turns is not None:
             self._turns.composed()
-        self._when_committed(lambda: self._deliver(batch.message))
+        self._commits.then(lambda: self._deliver(batch.message))
         self._admit()
 
     def _deliver(self, batch: MicroBatches) -> None:
@@ -450,21 +439,6 @@ class Controller:
         """On a shared device a batch ends the generator's turn: not before an evaluation, which is of one version, has
         ended in it."""
         return self._turns is None or (self._turns.may_compose and self._evaluations.progress[1] == 0)
-
-    # --- commits ----------------------------------------------------------------------------------------------
-
-    def _when_committed(self, then: Callable[[], None]) -> None:
-        self._after_commit.append(then)
-        self._commit_wanted.set()
-
-    async def _commit_forever(self) -> None:
-        while True:
-            await self._commit_wanted.wait()
-            self._commit_wanted.clear()
-            callbacks, self._after_commit = self._after_commit, []
-            await self.ledger.committed()
-            for callback in callbacks:
-                callback()
 
     # --- rollout stream ---------------------------------------------------------------------------------------
 
@@ -495,7 +469,7 @@ class Controller:
                 self._ended(peer, message.group_id, [result.member for result in message.members])
             case Finished(group_id, _, members):
                 self._composer.scored(group_id, members)
-                self._failed_in_a_row = 0
+                self._alarms.scored()
                 self._watchdog.progress()
                 self._ended(peer, group_id, [result.member for result in members])
             case Failed(group_id, _, member):
@@ -508,22 +482,10 @@ class Controller:
                     peer.activity = activity
                     self._usage.read(peer.name, activity)
             case WeightsLive(weights):
-                peer.weights = weights
-                self._weights_arrived(peer)
-                self._live_updates += 1
+                self._weights.live(peer, weights)
                 self._live.set()
-                if self._routes.live(peer):
-                    self._regroup()
             case WeightsFailed(weights, reason):
-                log.warning("weights %d did not reach %s: %s", weights.version, peer.name, reason)
-                again, problem = (
-                    self._routes.failed(peer, weights),
-                    f"weights {weights.version} do not reach {peer.name}",
-                )
-                if again is not None:
-                    self._try_again(peer.name, lambda: self._announce_again(peer, again), f"{problem}: {reason}")
-                if self._routes.transport(peer) == "process_group":  # it has left the group
-                    self._try_again(WEIGHT_GROUP, self._regroup, f"{problem}: {reason}")
+                self._weights.failed(peer, weights, reason)
             case Positions(weights, sampled):
                 if peer.counted is not None:
                     for group_id, member, total in sampled:
@@ -541,17 +503,11 @@ class Controller:
         if failed.purpose == "eval":
             self._evaluations.failed(failed)
         elif self.ledger.fail(failed.group_id, failed.member, failed.reason):
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row == self.run_config.failures_in_a_row:
-                raise UserError(
-                    f"{self._failed_in_a_row} episodes in a row failed, the last one with: "
-                    f"{failed.reason.partition(chr(10))[0]} (tracebacks are in {self.journal.failures_path}; "
-                    "environment.failures_in_a_row is the limit). The same command continues the run."
-                )
+            self._alarms.failed(failed.reason, self.journal.failures_path)
 
     def _segment(self, peer: Peer, segment: Segment) -> None:
         if self.ledger.segment(segment):
-            self._commit_wanted.set()
+            self._commits.want()
         if segment.yielded:
             self._generators.ended(peer, segment.group_id, [segment.member])
             group = self.ledger.groups.get(segment.group_id)
@@ -565,27 +521,17 @@ class Controller:
         """Every terminal event passes here."""
         self._watchdog.progress()
         if event == "filtered":
-            self._filtered += 1
-            if self._filtered == FILTERED_WARNING * self.run_config.rollout.groups_per_step:
-                self.journal.say(f"{self._filtered} groups in a row had equal rewards and were filtered; no step since")
+            self._alarms.filtered()
         for member in members:
             self._attempts.pop((group.id, member), None)
             self._lane.gone((group.id, member))
         report = self._composer.ended(group, members, event, reason)
-        if report is None:
-            return
-        self._length_report = report.row()
-        if report.biased and not self._lengths_biased:
-            self.journal.say(
-                f"length bias in cohort {report.cohort} ({report.submitted} rollouts): what was trained on is "
-                f"{report.ratio:.2f} times as long as what was submitted, with masked tokens left out "
-                f"{report.weighted_ratio:.2f} times"
-            )
-        self._lengths_biased = report.biased
+        if report is not None:
+            self._alarms.cohort(report)
 
     def _ended(self, peer: Peer, group_id: int, members: list[int]) -> None:
         self._generators.ended(peer, group_id, members)
-        self._when_committed(lambda: self._rollouts.send(peer.id, Ack(group_id, members)))
+        self._commits.then(lambda: self._rollouts.send(peer.id, Ack(group_id, members)))
 
     def _generator_hello(self, peer_id: str, hello: Hello) -> None:
         if hello.protocol != PROTOCOL_VERSION:
@@ -595,62 +541,14 @@ class Controller:
         peer = self._generators.hello(peer_id, hello.name, hello.machine)
         peer.weights = peer.counted = hello.weights
         self._rollouts.send(peer_id, HelloAck(f"{hello.name}/{hello.pid}"))
-        first = self._routes.joined(peer)
-        if first is not None:
-            self._rollouts.send(peer_id, first)
-        self._regroup()
+        self._weights.joined(peer)
         if self._turns is not None:
             self._turns.generator_came()
 
     def _generator_gone(self, name: str) -> None:
         self.journal.say(f"{name} is silent: what it held is leased again")
-        self._regroup()
+        self._weights.regroup()
         self._advance()
-
-    # --- weights ----------------------------------------------------------------------------------------------
-
-    def _regroup(self) -> None:
-        """The members changed: a new weight group under a new epoch. Who is in none fetches what it lacks."""
-        if self._learner is None:
-            return
-        group = self._routes.regroup(self._generators.peers.values())
-        if group is None:
-            return
-        self._training.send(self._learner, group)
-        self._generators.broadcast(group)
-        for peer, announce in self._routes.catch_up(self._generators.peers.values()):
-            self._rollouts.send(peer.id, announce)
-
-    def _silence(self, peer: Peer) -> None:
-        """A generator's heartbeats are late, or back."""
-        if self._routes.grouped:
-            log.warning("%s is %s", peer.name, "silent" if peer.silent else "heard again")
-            self._routes.silence(peer)
-            self._regroup()
-
-    def _announced(self, announce: WeightsAnnounce) -> None:
-        if announce.changed is not None:
-            self._changed = announce.changed
-        for peer in self._routes.announced(announce, self._generators.peers.values()):
-            self._rollouts.send(peer.id, announce)
-        if self._turns is not None and announce.transport == "shared_memory":
-            self._turns.weights_announced(announce.weights.version)
-
-    def _weights_arrived(self, peer: Peer) -> None:
-        self._retries.worked(peer.name)
-        if all(one.weights == peer.weights for one in self._generators.peers.values()):
-            self._retries.worked(WEIGHT_GROUP)
-
-    def _try_again(self, what: str, again: Callable[[], None], problem: str) -> None:
-        """After a pause that grows with every failure; once it can be noticed, it is said."""
-        pause_s = self._retries.failed(what, again)
-        if pause_s is not None and pause_s >= SLOW_RETRY_S:
-            self.journal.say(f"{problem} (next try in {pause_s:.0f} s)")
-
-    def _announce_again(self, peer: Peer, announce: WeightsAnnounce) -> None:
-        here = self._generators.peers.get(peer.id) is peer
-        if here and (peer.weights is None or peer.weights < announce.weights):
-            self._rollouts.send(peer.id, announce)
 
     # --- training stream --------------------------------------------------------------------------------------
 
@@ -672,13 +570,13 @@ class Controller:
             case CheckpointSaved(version):
                 self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
                 if version >= self.version:
-                    self._when_committed(self._checkpointed.set)
+                    self._commits.then(self._checkpointed.set)
             case WeightsAnnounce():
-                self._announced(message)
+                self._weights.announced(message)
+                if self._turns is not None and message.transport == "shared_memory":
+                    self._turns.weights_announced(message.weights.version)
             case WeightsFailed(weights, reason, missing):
-                log.warning("weights %d were not published: %s", weights.version, reason)
-                self._routes.group_failed(missing)
-                self._try_again(WEIGHT_GROUP, self._regroup, f"weights {weights.version} were not published: {reason}")
+                self._weights.group_failed(weights, reason, missing)
             case Heartbeat(activity):
                 if activity is not None:
                     self._usage.read("learner", activity)
@@ -688,7 +586,7 @@ class Controller:
     def _learner_hello(self, peer_id: str, hello: Hello) -> None:
         version = hello.weights.version if hello.weights is not None else 0
         self._learner, self._requested = None, None
-        self._routes.learner(hello.weights_store, hello.machine)
+        self._weights.learner(hello.weights_store, hello.machine)
         self.version = version
         self._composer.attention_share = hello.attention_share
         self._recover(version)
@@ -704,11 +602,11 @@ class Controller:
                 for summary in self.journal.evaluations:
                     if summary.version <= version:
                         self._send_learner(Evaluated(summary.version, summary.reward))
-            self._regroup()
+            self._weights.learner_ready()
             if self._turns is not None:
                 self._turns.learner_came()
 
-        self._when_committed(welcome)
+        self._commits.then(welcome)
         if version >= self.run_config.steps:
             self._trained.set()
 
@@ -740,7 +638,7 @@ class Controller:
             self._generators.dispatch()
             self._rollouts.flush()
         self.ledger.trained(done.step)
-        self._commit_wanted.set()
+        self._commits.want()
         self._usage.read("learner", done.activity)
         self._usage.read("controller", self._tracker.activity())
         self.journal.step(self._row(done))
@@ -776,9 +674,9 @@ class Controller:
             "lag": batch.lags.summary(),
             "masked_fraction": batch.lags.masked_fraction,
             "early_fraction": batch.early_fraction,
-            **({} if self._changed is None else {"weights_changed": self._changed}),
+            **({} if (changed := self._weights.changed) is None else {"weights_changed": changed}),
             **({"engine": gauges} if (gauges := self._generators.gauges()) else {}),
-            **({} if self._length_report is None else {"length": self._length_report}),
+            **({} if (lengths := self._alarms.lengths) is None else {"length": lengths}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],
             **({} if self._turns is None else {"turns": self._turns.take_row()}),
@@ -824,34 +722,24 @@ class Controller:
             cpu=self._usage.cpu_s(),
             versions={
                 "trained": self.version,
-                "live_updates": self._live_updates,
+                "live_updates": self._weights.live_updates,
                 "lineages": self.ledger.run.lineage,
             },
             regenerated=self.ledger.run.regenerated,
         )
 
     def _pending(self) -> list[str]:
-        """The oldest rollouts that did not end, each with its stage and who has it, and what the learner does; empty
-        while nothing has to end."""
+        """What has to end, and what the learner does; empty while nothing has to."""
         if self.paused or not self.ledger.unused:
             return []
-        lines: list[str] = []
-        for group in self.ledger.waiting():
-            for member, state in enumerate(group.states):
-                if len(lines) == NAMED_PENDING:
-                    break
-                if state is State.RUNNING:
-                    peer = self._generators.holder(group.id, member)
-                    where = f"at {peer.name}" if peer is not None else "waits for a generator with credit"
-                    tokens = self._composer.tokens(group.id, member)
-                    lines.append(f"{group.id}/{member} {where} ({tokens} tokens at the last report)")
-                elif state is State.SCORED:
-                    lines.append(f"{group.id}/{member} is scored and waits for its group")
-                elif state is State.READY:
-                    lines.append(f"{group.id}/{member} is ready and waits for a step")
         learner = "trains" if self._requested is None else f"waits for step {self._requested}"
         if self._learner is None:
             learner = "is not there"
         ready = f"{self.ledger.available} of {self.run_config.step_rollouts} slots are ready"
         turn = [] if self._turns is None else [self._turns.said]
-        return [*lines, ready, f"the learner {learner}", *turn]
+        return [
+            *pending_rollouts(self.ledger, self._generators, self._composer),
+            ready,
+            f"the learner {learner}",
+            *turn,
+        ]

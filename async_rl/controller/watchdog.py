@@ -5,6 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from async_rl.controller.composer import Composer
+from async_rl.controller.generators import Generators
+from async_rl.ledger.ledger import Ledger
+from async_rl.ledger.states import State
+
+NAMED = 8
+"""The watchdog names so many pending rollouts, the oldest."""
+
 
 class Watchdog:
     """Quiet while `progress` is called at least every `after_s` seconds.
@@ -43,3 +51,22 @@ class Watchdog:
                 self._say(f"no rollout ended for {now - self._last:.0f} s; pending: {'; '.join(pending)}")
             self._last = now
         self._arm()
+
+
+def pending_rollouts(ledger: Ledger, generators: Generators, composer: Composer) -> list[str]:
+    """The oldest rollouts that did not end, each with its stage and who has it."""
+    lines: list[str] = []
+    for group in ledger.waiting():
+        for member, state in enumerate(group.states):
+            if len(lines) == NAMED:
+                return lines
+            if state is State.RUNNING:
+                peer = generators.holder(group.id, member)
+                where = f"at {peer.name}" if peer is not None else "waits for a generator with credit"
+                tokens = composer.tokens(group.id, member)
+                lines.append(f"{group.id}/{member} {where} ({tokens} tokens at the last report)")
+            elif state is State.SCORED:
+                lines.append(f"{group.id}/{member} is scored and waits for its group")
+            elif state is State.READY:
+                lines.append(f"{group.id}/{member} is ready and waits for a step")
+    return lines

@@ -1,0 +1,60 @@
+"""What a user should hear of while it happens: episodes that all fail, groups that are all filtered, length bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from async_rl.config import Run
+from async_rl.errors import UserError
+from async_rl.telemetry.journal import Row
+from async_rl.telemetry.lengths import CohortReport
+
+FILTERED_WARNING = 10
+"""Say so when as many groups were filtered as this many steps hold, and none was trained on."""
+
+
+class Alarms:
+    """Counts and compares; `say` gets one line for the user."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
+        self._filtered = self._failed = 0
+        self._biased = False
+        self.lengths: Row | None = None
+        """Of the newest complete cohort."""
+
+    def composed(self) -> None:
+        """A step has its rollouts."""
+        self._filtered = 0
+
+    def filtered(self) -> None:
+        """A group is not trained on."""
+        self._filtered += 1
+        if self._filtered == FILTERED_WARNING * self._run.rollout.groups_per_step:
+            self._say(f"{self._filtered} groups in a row had equal rewards and were filtered; no step since")
+
+    def scored(self) -> None:
+        """A training episode ended as it should."""
+        self._failed = 0
+
+    def failed(self, reason: str, details: str) -> None:
+        """A training episode failed; `details` names the file with the tracebacks. Raises UserError when too many have
+        in a row."""
+        self._failed += 1
+        if self._failed == self._run.failures_in_a_row:
+            raise UserError(
+                f"{self._failed} episodes in a row failed, the last one with: {reason.partition(chr(10))[0]} "
+                f"(tracebacks are in {details}; environment.failures_in_a_row is the limit). The same command "
+                "continues the run."
+            )
+
+    def cohort(self, report: CohortReport) -> None:
+        """Every rollout of a cohort has ended."""
+        self.lengths = report.row()
+        if report.biased and not self._biased:
+            self._say(
+                f"length bias in cohort {report.cohort} ({report.submitted} rollouts): what was trained on is "
+                f"{report.ratio:.2f} times as long as what was submitted, with masked tokens left out "
+                f"{report.weighted_ratio:.2f} times"
+            )
+        self._biased = report.biased
