@@ -1,9 +1,12 @@
 """One device in turns: what turns cost, and what memory they save, beside the separate placement of the same recipe.
 
     python bench/colocated.py [RECIPE] [--steps 50] [--synchronous] [--set section.key=value ...] [--write]
+    python bench/colocated.py --device cuda [--steps 6] [--write]
 
-Memory is the resident set without pages of files (weights under way in /dev/shm are such pages), read every 20 ms while
-steps are trained: the peak of learner + generator at one moment, and of each alone.
+On a CPU memory is the resident set without pages of files (weights under way in /dev/shm are such pages), read every 20
+ms while steps are trained: the peak of learner + generator at one moment, and of each alone. On a GPU the model is a
+random-initialised one of Qwen2.5-0.5B's layers over digits, in bf16, and memory is what the whole GPU has
+in use above what it had before (nvidia-smi), CUDA contexts included; `held_mib` is what each process holds in its turn.
 Turn costs are medians over steps, of the steps that a turn began with.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -29,19 +33,53 @@ ROLES = ("learner-0", "generator-0")
 TURNS = ("update", "rollout", "release", "onload", "train", "offload")
 
 
+GPU_SETTINGS = (
+    "model.tiny.hidden_size=896", "model.tiny.intermediate_size=4864", "model.tiny.layers=24", "model.tiny.heads=14",
+    "model.tiny.kv_heads=2", "generator.slots=256", "generator.device=cuda", "learner.device=cuda",
+    "generator.dtype=bfloat16", "learner.dtype=bfloat16", "rollout.groups_per_step=16",
+)  # fmt: skip
+
+
+class GpuPeak(threading.Thread):
+    """Watches the first GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0", "-lms", "20"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._lines = self._process.stdout
+        self.before = int(self._lines.readline()) << 20
+        self.together = 0
+
+    def run(self) -> None:
+        for line in self._lines:
+            if line.strip().isdecimal():
+                self.together = max(self.together, (int(line) << 20) - self.before)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self.join()
+
+
 class Peak(threading.Thread):
     """Watches the services of one `train` process."""
 
     def __init__(self, parent: int) -> None:
         super().__init__(daemon=True)
-        self.ended = threading.Event()
+        self._ended = threading.Event()
         self.together = 0
         self.alone = dict.fromkeys(ROLES, 0)
         self._parent = psutil.Process(parent)
         self._found: dict[str, psutil.Process] = {}
 
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
     def run(self) -> None:
-        while not self.ended.wait(LOOK_S):
+        while not self._ended.wait(LOOK_S):
             try:
                 self._look()
             except (psutil.NoSuchProcess, psutil.ZombieProcess, KeyError, ValueError):
@@ -61,17 +99,17 @@ class Peak(threading.Thread):
         self.alone = {role: max(self.alone[role], anonymous[role]) for role in ROLES}
 
 
-def run(recipe: Path, directory: Path, overrides: list[str]) -> dict[str, Any]:
+def run(recipe: Path, directory: Path, overrides: list[str], device: str) -> dict[str, Any]:
     sets = [argument for override in overrides for argument in ("--set", override)]
     command = [sys.executable, "-m", "async_rl.cli", "train", str(recipe), "--run-dir", str(directory)]
     with subprocess.Popen(
         [*command, "--no-report", *sets], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        peak = Peak(process.pid)
+        peak = GpuPeak() if device == "cuda" else Peak(process.pid)
         peak.start()
         assert process.stdout is not None
         printed = process.stdout.read()
-        peak.ended.set()
+        peak.stop()
     if process.returncode != 0:
         sys.exit(printed)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -80,7 +118,7 @@ def run(recipe: Path, directory: Path, overrides: list[str]) -> dict[str, Any]:
         "wall_s": summary["wall_s"],
         "reward_last": summary["reward_last"],
         "peak_mib": round(peak.together / 2**20),
-        "alone_mib": {role: round(count / 2**20) for role, count in peak.alone.items()},
+        **({} if isinstance(peak, GpuPeak) else {"alone_mib": {k: round(n / 2**20) for k, n in peak.alone.items()}}),
         "busy": summary["busy"],
         "off_device": {role: causes.get("off_device", 0.0) for role, causes in summary["idle"].items()},
         "device_turn": {role: causes.get("device_turn", 0.0) for role, causes in summary["idle"].items()},
@@ -97,12 +135,18 @@ def turns(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"steps_per_turn": len(rows[1:]) / len(began), "turn_s": seconds, "held_mib": mib}
 
 
+def gpu_name() -> str:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", "0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default=ROOT / "recipes" / "sort.toml", type=Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--synchronous", action="store_true", help="both placements with max_staleness = 0 too")
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     figures: dict[str, Any] = {"recipe": options.recipe.stem, "steps": options.steps, "set": options.set}
@@ -111,14 +155,18 @@ def main() -> None:
             for placement in ("separate", "colocated"):
                 name = placement if eta is None else f"{placement}_eta_{eta}"
                 overrides = [*options.set, f"steps={options.steps}", f"placement={placement}", "evaluation.tasks=0"]
+                overrides[:0] = GPU_SETTINGS if options.device == "cuda" else ()
                 overrides += [] if eta is None else [f"staleness.max_staleness={eta}"]
-                figures[name] = run(options.recipe, Path(scratch) / name, overrides)
+                figures[name] = run(options.recipe, Path(scratch) / name, overrides, options.device)
                 print(name, json.dumps(figures[name], indent=2), flush=True)
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        device = f"{platform.processor() or platform.machine()}, 2 cores"
-        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
-        path = ROOT / "bench" / "results" / f"colocated_{figures['recipe']}.json"
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = os.environ.get("COMMIT") or git.stdout.strip()
+        device, suffix = f"{platform.processor() or platform.machine()}, 2 cores", ""
+        if options.device == "cuda":
+            device, suffix = gpu_name(), "_cuda"
+        stamp = {"date": date.today().isoformat(), "commit": commit, "device": device}
+        path = ROOT / "bench" / "results" / f"colocated_{figures['recipe']}{suffix}.json"
         path.write_text(json.dumps(stamp | figures, indent=2) + "\n")
 
 

@@ -27,9 +27,11 @@ LEAST_KEYS = 64
 
 
 class Fused:
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots, *, few_rows: int = FEW_ROWS) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots) -> None:
         self._decoder, self._cache, self._slots = decoder, cache, slots
-        self._few_rows = few_rows
+        self.few_rows = FEW_ROWS
+        self.early = False
+        """See kernels.project."""
 
     def __call__(self, weights: DecoderWeights, rows: int, length: int, count: torch.Tensor, due: torch.Tensor) -> None:
         """Advance slots [0, rows), of which the first `count` [1] are in use, by one token; set their flags in `due`.
@@ -43,7 +45,7 @@ class Fused:
             self._feed_forward(x_NC, layer)
         logits_NV = x_NC.new_empty((rows, self._decoder.vocabulary))
         self._project(x_NC, weights.head, logits_NV, norm=weights.norm)
-        draw(self._slots, logits_NV, count, due)
+        draw(self._slots, logits_NV, count, due, early=self.early)
 
     def _splits(self, rows: int, length: int) -> int:
         wanted = min(PROGRAMS // (rows * self._decoder.kv_heads), length // LEAST_KEYS, 8 if rows == 1 else 32)
@@ -57,13 +59,13 @@ class Fused:
         positions = self._slots.state[POSITION]
         attended, mass = attend(
             qkv, layer.qk_norm, self._decoder.eps, rotations, positions, count, self._cache.layer(index),
-            heads=self._decoder.heads, splits=splits,
+            heads=self._decoder.heads, splits=splits, early=self.early,
         )  # fmt: skip
         weighting = None
-        if splits > 1 and rows == 1 and self._few_rows:
+        if splits > 1 and rows == 1 and self.few_rows:
             weighting = mass
         elif splits > 1:
-            attended = combine(attended, mass, x_NC.dtype)
+            attended = combine(attended, mass, x_NC.dtype, early=self.early)
         self._project(attended, layer.out, x_NC, residual=True, weighting=weighting)
 
     def _feed_forward(self, x_NC: torch.Tensor, layer: Layer) -> None:
@@ -84,10 +86,10 @@ class Fused:
     ) -> None:
         """See kernels.project."""
         eps = self._decoder.eps
-        if len(y_NM) <= self._few_rows:
+        if len(y_NM) <= self.few_rows:
             project(
                 x, product.weight, product.bias, y_NM,
-                norm=norm, eps=eps, gated=gated, residual=residual, weighting=weighting,
+                norm=norm, eps=eps, gated=gated, residual=residual, weighting=weighting, early=self.early,
             )  # fmt: skip
             return
         if norm is not None:

@@ -11,8 +11,13 @@ import torch
 
 
 def give_back(device: torch.device) -> None:
-    """Return what was freed: on a GPU the caching allocator's blocks, in host memory the free pages of the heap."""
+    """Return what was freed: on a GPU the workspaces of cuBLAS and the caching allocator's blocks, in host memory the
+    free pages of the heap."""
     if device.type == "cuda":
+        # Not public: where it is missing, a few MB stay.
+        clear = getattr(getattr(torch, "_C"), "_cuda_clearCublasWorkspaces", None)  # noqa: B009
+        if clear is not None:
+            clear()
         torch.cuda.empty_cache()
     trim_heap()
 

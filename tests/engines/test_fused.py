@@ -23,7 +23,7 @@ SIZES = {"hidden_size": 64, "head_dim": 16}
 def few_rows(batcher: object, rows: int) -> None:
     steps = batcher._steps  # type: ignore[attr-defined]
     assert isinstance(steps, StaticSteps) and isinstance(steps._fused, Fused)
-    steps._fused._few_rows = rows
+    steps._fused.few_rows = rows
 
 
 @pytest.mark.parametrize("rows", [0, 64], ids=["cublas", "kernels"])

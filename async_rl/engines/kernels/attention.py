@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -32,10 +33,13 @@ def _rotated(places, norm, re_im, inside, eps, NORM: tl.constexpr, D: tl.constex
 def _attend(
     qkv, norm, rotations, positions, count, cache, out, mass, N, length, scale, eps,
     NORM: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = cache.dtype.element_ty
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     position = tl.load(positions + row, mask=row < tl.load(count), other=0)
     d = tl.arange(0, D)
     g = tl.arange(0, G_PAD)
@@ -89,7 +93,10 @@ def _attend(
 
 
 @triton.jit
-def _combine(shares, mass, out, N, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+def _combine(shares, mass, out, N, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     s, d = tl.arange(0, SPLITS), tl.arange(0, D)
     heads = (s * N + row) * H + head
@@ -111,8 +118,9 @@ def attend(
     *,
     heads: int,
     splits: int,
+    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the new keys and values, and attend. `splits` is a power of two.
+    """Write the new keys and values, and attend. `splits` is a power of two; early: see kernels.project.
 
     qkv: [N, (H + 2K) * D]; qk_norm: [H + K, D]; rotations: [positions, D/2, 2] float32; cache: [slots, length, 2K, D]
     of one layer; positions: int64, of the new token; rows from `count` [1] on count as at position 0.
@@ -127,14 +135,18 @@ def attend(
     _attend[(rows, kv_heads, splits)](
         qkv, qkv if qk_norm is None else qk_norm, rotations, positions, count, cache, out, mass, rows, length,
         head_size**-0.5, eps, NORM=qk_norm is not None, H=heads, K=kv_heads, G=group,
-        G_PAD=max(16, triton.next_power_of_2(group)), D=head_size, SPLITS=splits, BLOCK=64, num_warps=4, num_stages=2,
+        G_PAD=max(16, triton.next_power_of_2(group)), D=head_size, SPLITS=splits, BLOCK=64, EARLY=early, num_warps=4,
+        num_stages=2, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return (out[0], mass) if splits == 1 else (out, mass)
 
 
-def combine(shares: torch.Tensor, mass: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def combine(shares: torch.Tensor, mass: torch.Tensor, dtype: torch.dtype, *, early: bool = False) -> torch.Tensor:
     """[S, N, H * D] and [S, N, H] -> [N, H * D]."""
     splits, rows, heads = mass.shape
     out = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    _combine[(rows, heads)](shares, mass, out, rows, H=heads, D=shares.shape[2] // heads, SPLITS=splits, num_warps=1)
+    _combine[(rows, heads)](
+        shares, mass, out, rows, H=heads, D=shares.shape[2] // heads, SPLITS=splits, EARLY=early, num_warps=1,
+        **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return out

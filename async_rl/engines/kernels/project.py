@@ -3,6 +3,9 @@ on the way, so that a layer is five launches.
 
     y = residual + activation(norm(x) @ weight.T + bias)
 
+EARLY: a launch begins before the one before it has ended (programmatic dependent launch, Hopper and later), and waits
+for its results only where it needs them: weights are on their way by then.
+
 A row's RMS is one number, so it is multiplied in after the product: (x * norm * rms) @ W = rms * ((x * norm) @ W).
 
 N rows, K inputs, M outputs. Weights are [M, K], row-major.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -20,6 +24,7 @@ def _one_row(
     x, norm, weight, bias, y, weighting, K, M, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     SPLITS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row, without the matrix units. SPLITS > 1: x is [SPLITS, K] float32, shares of an attention over parts of the
     keys, and `weighting` [SPLITS, K / HEAD_SIZE] their log-sums."""
@@ -29,14 +34,25 @@ def _one_row(
     total_up = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     dtype = weight.dtype.element_ty
+    if EARLY:
+        gdc_launch_dependents()
+    k = tl.arange(0, BLOCK_K)
+    places = weight + m[:, None].to(tl.int64) * K + k[None, :]
+    inside = inside_m[:, None] & (k < K)[None, :]
+    w = tl.load(places, mask=inside, other=0.0)
+    if GATED:
+        w_up = tl.load(places + M.to(tl.int64) * K, mask=inside, other=0.0)
+    if EARLY:
+        gdc_wait()
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside_k = k < K
-        inside = inside_m[:, None] & inside_k[None, :]
-        places = weight + m[:, None].to(tl.int64) * K + k[None, :]
-        w = tl.load(places, mask=inside, other=0.0)
-        if GATED:
-            w_up = tl.load(places + M.to(tl.int64) * K, mask=inside, other=0.0)
+        if not ONE_BLOCK:  # the next ones are under way while these are multiplied
+            inside = inside_m[:, None] & (k + BLOCK_K < K)[None, :]
+            places = weight + m[:, None].to(tl.int64) * K + (k + BLOCK_K)[None, :]
+            w_next = tl.load(places, mask=inside, other=0.0)
+            if GATED:
+                w_up_next = tl.load(places + M.to(tl.int64) * K, mask=inside, other=0.0)
         if SPLITS > 1:
             heads = K // HEAD_SIZE
             head = k // HEAD_SIZE
@@ -58,6 +74,10 @@ def _one_row(
         total += w.to(tl.float32) * v[None, :]
         if GATED:
             total_up += w_up.to(tl.float32) * v[None, :]
+        if not ONE_BLOCK:
+            w = w_next
+            if GATED:
+                w_up = w_up_next
     result = tl.sum(total, 1)
     up = tl.sum(total_up, 1)
     if NORM:
@@ -79,7 +99,7 @@ def _one_row(
 def _many_rows(
     x, norm, weight, bias, y, N, K, M, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -88,6 +108,9 @@ def _many_rows(
     total_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     dtype = weight.dtype.element_ty
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside_k = k < K
@@ -131,6 +154,7 @@ def project(
     gated: bool = False,
     residual: bool = False,
     weighting: torch.Tensor | None = None,
+    early: bool = False,
 ) -> None:
     """Write to y.
 
@@ -138,9 +162,11 @@ def project(
     norm: [K], of an RMS norm of x.
     gated: weight is [2 * M, K], gates first: y = silu(gate) * up.
     residual: add what is in y.
+    early: see EARLY above.
     """
     (rows, outputs), inputs = y_NM.shape, weight.shape[1]
-    flags = {"NORM": norm is not None, "BIAS": bias is not None, "GATED": gated, "RESIDUAL": residual}
+    options = {"num_warps": 4, "num_stages": 3} | ({"launch_pdl": True} if early else {})
+    flags = {"NORM": norm is not None, "BIAS": bias is not None, "GATED": gated, "RESIDUAL": residual, "EARLY": early}
     norm = weight if norm is None else norm  # a place that is not read
     bias = weight if bias is None else bias
     if rows == 1:
@@ -150,7 +176,8 @@ def project(
         head_size = 1 if weighting is None else inputs // weighting.shape[-1]
         _one_row[(triton.cdiv(outputs, block_m),)](
             x, norm, weight, bias, y_NM, x if weighting is None else weighting, inputs, outputs, eps,
-            **flags, SPLITS=splits, HEAD_SIZE=head_size, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, num_stages=3,
+            **flags, SPLITS=splits, HEAD_SIZE=head_size, BLOCK_M=block_m, BLOCK_K=block_k,
+            ONE_BLOCK=inputs <= block_k, **options,
         )  # fmt: skip
         return
     assert weighting is None, "shares are combined for one row only"
@@ -159,5 +186,5 @@ def project(
     block_k = 128 if weight.element_size() == 2 else 64
     _many_rows[(triton.cdiv(outputs, block_m), triton.cdiv(rows, block_n))](
         x, norm, weight, bias, y_NM, rows, inputs, outputs, eps,
-        **flags, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        **flags, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k, **options,
     )  # fmt: skip
