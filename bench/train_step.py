@@ -8,15 +8,17 @@
     padded       transformers' model on right-padded rows, log-softmax of all logits, the same optimiser
     trl          the loss of TRL 1.16's GRPOTrainer on the same rows, in an environment of its own (.venv-peers)
 
-Useful are the tokens of the rollouts, each with its prompt, whoever computes it how often; padding is not. Every arm
-runs in a process of its own, so that its peak memory is its own (VmHWM), and arms take turns, so that a busy machine
-disturbs all alike. `ragged` are eight rollouts of 20 to 256 tokens, one of them at the cap, as thinking goes;
-`products` are those of recipes/products_smollm2.toml: prompt 50 of 75 tokens, groups of 8.
+A step is two micro-batches and one AdamW, as gradients are accumulated in practice. Useful are the tokens of the
+rollouts, each with its prompt, whoever computes it how often; padding is not. Every arm runs in a process of its own,
+so that its peak memory is its own (VmHWM), and arms take turns, so that a busy machine disturbs all alike. In `ragged`
+a micro-batch is eight rollouts of 20 to 256 tokens, one of them at the cap, as thinking goes; in `products` two groups
+of 8 of recipes/products_smollm2.toml, prompt 50 of 75 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -41,31 +43,32 @@ DTYPES = ("float32", "bfloat16")
 VOCABULARY = 49152
 GROUP = 8
 RAGGED = (20, 40, 40, 60, 60, 80, 120, 256)
+MICROBATCHES = 2
 
 Rollouts = list[tuple[int, np.ndarray, int]]
 """(group, [L] int32 tokens, tokens of the prompt)"""
 
 
-def workload(name: str) -> Rollouts:
+def workload(name: str) -> list[Rollouts]:
+    """By micro-batch."""
     rng = np.random.default_rng(1)
 
     def text(length: int) -> np.ndarray:
         return rng.integers(10, VOCABULARY, length).astype(np.int32)
 
+    def products(group: int) -> Rollouts:
+        prompt = text(50)
+        return [(group, np.concatenate([prompt, text(int(rng.integers(15, 36)))]), 50) for _ in range(GROUP)]
+
     if name == "products":
-        rollouts: Rollouts = []
-        for group in range(2):
-            prompt = text(50)
-            for _ in range(GROUP):
-                rollouts.append((group, np.concatenate([prompt, text(int(rng.integers(15, 36)))]), 50))
-        return rollouts
-    return [(0, text(length), 10) for length in RAGGED]
+        return [products(2 * index) + products(2 * index + 1) for index in range(MICROBATCHES)]
+    return [[(index, text(length), 10) for length in RAGGED] for index in range(MICROBATCHES)]
 
 
 # --- the arms: each makes a function that trains one step -------------------------------------------------------------
 
 
-def ours(rollouts: Rollouts, dtype: str, *, shared: bool) -> Callable[[], float]:
+def ours(work: list[Rollouts], dtype: str, *, shared: bool) -> Callable[[], float]:
     from async_rl import config
     from async_rl.learner import step as train_step
     from async_rl.learner.trainer import Learner
@@ -83,15 +86,17 @@ def ours(rollouts: Rollouts, dtype: str, *, shared: bool) -> Callable[[], float]
         train_step.shares_prefixes = lambda device: False
     learner = Learner(run, Path(tempfile.mkdtemp()))
     message: list[TrainRollout] = []
-    for member, (group, tokens, prompt) in enumerate(rollouts):
+    for member, (group, tokens, prompt) in enumerate(itertools.chain.from_iterable(work)):
         logprobs = np.full(len(tokens), -np.log(VOCABULARY), np.float32)
         spans = [VersionSpan(prompt, len(tokens), 0, 0)]
         sequence = Sequence(tokens.tobytes(), logprobs.tobytes(), spans)
         message.append(TrainRollout(group, member, float(member % 3), [sequence]))
+    size = len(message) // MICROBATCHES
+    plan = [list(range(start, start + size)) for start in range(0, len(message), size)]
 
     def train() -> float:
         step = learner.version
-        batch = MicroBatches(step, step, message, [[list(range(len(message)))]])
+        batch = MicroBatches(step, step, message, [plan])
         metrics = learner.train(batch)
         assert not metrics["skipped"]
         return metrics["loss"]
@@ -112,32 +117,29 @@ def padded_rows(rollouts: Rollouts) -> dict[str, Any]:
     return {"ids": ids, "attended": attended, "trained": trained}
 
 
-def padded(rollouts: Rollouts, dtype: str) -> Callable[[], float]:
+def padded(work: list[Rollouts], dtype: str) -> Callable[[], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    rows = padded_rows(rollouts)
-    advantages = torch.tensor([float(member % 3) - 1 for member in range(len(rollouts))])
-    step = optimiser(model)
 
-    def train() -> float:
+    def loss(rows: dict[str, Any]) -> Any:
+        advantages = torch.tensor([float(member % 3) - 1 for member in range(len(rows["ids"]))])
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(rows["ids"], attention_mask=rows["attended"], use_cache=False).logits
         logp = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, rows["ids"][:, 1:, None]).squeeze(2)
         mask = rows["trained"][:, 1:]
-        loss = -((logp - logp.detach()).exp() * advantages[:, None] * mask).sum() / mask.sum()
-        return step(loss)
+        return -((logp - logp.detach()).exp() * advantages[:, None] * mask).sum() / mask.sum()
 
-    return train
+    return accumulating(model, loss, [padded_rows(rollouts) for rollouts in work])
 
 
-def trl(rollouts: Rollouts, dtype: str) -> Callable[[], float]:
+def trl(work: list[Rollouts], dtype: str) -> Callable[[], float]:
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    count = len(rollouts)
+    count = len(work[0])
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=True, per_device_train_batch_size=count, num_generations=GROUP,
         bf16=dtype == "bfloat16", beta=0.0, loss_type="dapo", report_to=[], gradient_checkpointing=False,
@@ -149,31 +151,37 @@ def trl(rollouts: Rollouts, dtype: str) -> Callable[[], float]:
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.model.train()
-    prompts = max(prompt for _, _, prompt in rollouts)
-    rows = padded_rows(rollouts)
-    inputs = {
-        "prompt_ids": rows["ids"][:, :prompts], "prompt_mask": rows["attended"][:, :prompts],
-        "completion_ids": rows["ids"][:, prompts:], "completion_mask": rows["trained"][:, prompts:],
-        "advantages": torch.tensor([float(member % 3) - 1 for member in range(count)]),
-        "num_items_in_batch": rows["trained"].sum(),
-    }  # fmt: skip
-    step = optimiser(model)
-    return lambda: step(trainer._compute_loss(model, inputs))
+    prompts = max(prompt for _, _, prompt in work[0])
+
+    def inputs(rows: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "prompt_ids": rows["ids"][:, :prompts], "prompt_mask": rows["attended"][:, :prompts],
+            "completion_ids": rows["ids"][:, prompts:], "completion_mask": rows["trained"][:, prompts:],
+            "advantages": torch.tensor([float(member % 3) - 1 for member in range(count)]),
+            "num_items_in_batch": rows["trained"].sum(),
+        }  # fmt: skip
+
+    batches = [inputs(padded_rows(rollouts)) for rollouts in work]
+    return accumulating(model, lambda batch: trainer._compute_loss(model, batch), batches)
 
 
-def optimiser(model: Any) -> Callable[[Any], float]:
+def accumulating(model: Any, loss_of: Callable[[Any], Any], batches: list[Any]) -> Callable[[], float]:
     import torch
 
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
 
-    def step(loss: Any) -> float:
+    def train() -> float:
         adamw.zero_grad()
-        loss.backward()
+        total = 0.0
+        for batch in batches:
+            loss = loss_of(batch) / len(batches)
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
-        return float(loss.detach())
+        return total
 
-    return step
+    return train
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -184,11 +192,11 @@ def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    rollouts = workload(load)
+    work = workload(load)
     if arm.startswith("ours"):
-        train = ours(rollouts, dtype, shared=arm == "ours")
+        train = ours(work, dtype, shared=arm == "ours")
     else:
-        train = padded(rollouts, dtype) if arm == "padded" else trl(rollouts, dtype)
+        train = padded(work, dtype) if arm == "padded" else trl(work, dtype)
     train()
     seconds: list[float] = []
     for _ in range(steps):
@@ -197,7 +205,7 @@ def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
         seconds.append(time.process_time() - started)
     status = Path("/proc/self/status").read_text()
     peak_kib = int(status.partition("VmHWM:")[2].split()[0])
-    useful = sum(len(tokens) for _, tokens, _ in rollouts)
+    useful = sum(len(tokens) for rollouts in work for _, tokens, _ in rollouts)
     return {"cpu_s": statistics.median(seconds), "useful_tokens": useful, "peak_gib": peak_kib / 2**20}
 
 
@@ -258,7 +266,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="of each process, after one that is not counted")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--arm", choices=ARMS)

@@ -1,18 +1,23 @@
-"""Shared by all tests: asyncio without a plugin, in real or in virtual time."""
+"""Shared by all tests: asyncio without a plugin, in real or in virtual time; one torch thread; a world of one rank."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from async_rl.simulate.virtual_loop import run_virtual
 
+if TYPE_CHECKING:
+    from async_rl.learner.distributed import Ranks
+
 Main = Coroutine[Any, Any, Any]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has imported torch yet; child processes inherit it
 
 # A suite that was started in the background of a script inherits an ignored SIGINT, and so would all it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,3 +53,15 @@ def real() -> Callable[[Main], Any]:
         return asyncio.run(bounded())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A world of one, under torch.distributed like any other."""
+    import torch
+
+    from async_rl.learner.distributed import Ranks
+
+    started = Ranks.start(torch.device("cpu"))
+    yield started
+    started.stop()

@@ -4,22 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from stage_cases import make_data, opened
-
-from async_rl.learner.distributed import Ranks
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = Ranks.start(torch.device("cpu"))
-    yield started
-    started.stop()
 
 
 @pytest.fixture(scope="session")
