@@ -1,6 +1,7 @@
 """How fast weights reach a generator, and how long it stands still: every transport, two processes, one machine.
 
     python bench/weights.py [--sizes 109k 135M 500M] [--repeats 5] [--no-stall] [--changed] [--write]
+    python bench/weights.py --device cuda [--sizes 135M 500M] [--updates 10] [--write]     see weights_cuda.py
 
 transfer   from a snapshot in the learner's staging buffer to a verified set of tensors at the receiver: GB of weights a
            second of wall time, and a CPU-second of both processes. Random bfloat16 weights; buffers and files are those
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -75,15 +77,15 @@ def config(size: str) -> LlamaConfig:
     )
 
 
-def receive(pipe: Connection, size: str) -> None:
+def receive(pipe: Connection, size: str, device: str) -> None:
     """The generator's process: does what it is told, and reports (when it ended, CPU-seconds, value)."""
     torch.set_num_threads(1)
-    asyncio.run(_receive(pipe, config(size)))
+    asyncio.run(_receive(pipe, config(size), device))
     pipe.close()
     os._exit(0)
 
 
-async def _receive(pipe: Connection, model: LlamaConfig) -> None:
+async def _receive(pipe: Connection, model: LlamaConfig, device: str) -> None:
     layout = Layout.of(model, dtype=DTYPE)
     group = ProcessGroupReceiver("generator-0", layout)
     receiver = Receiver(layout, group)
@@ -103,11 +105,16 @@ async def _receive(pipe: Connection, model: LlamaConfig) -> None:
                     value = await decoding.load(snapshot)
                 del snapshot
             case "decode":
-                decoding = _Decoding(model)
+                decoding = _Decoding(model, device)
                 await decoding.begin(await receiver.fetch(argument), layout)
             case "pauses":
                 assert decoding is not None
                 value = decoding.pauses(*argument)
+            case "same":
+                assert decoding is not None
+                value = decoding.holds(layout.views(argument))
+            case "ipc":
+                value = _copied(*argument)
             case "end":
                 if decoding is not None:
                     await decoding.end()
@@ -116,11 +123,32 @@ async def _receive(pipe: Connection, model: LlamaConfig) -> None:
         pipe.send((time.monotonic(), time.process_time() - began, value))
 
 
+def _copied(rebuild: Callable[..., torch.Tensor], handle: tuple[Any, ...]) -> tuple[float, int] | str:
+    """Seconds it takes to copy the other process's GPU buffer, and the sum of what came; or why it cannot be opened."""
+    try:
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        ours = rebuild(*handle).clone()
+        torch.cuda.synchronize()
+        return time.monotonic() - began, int(ours.view(torch.int16).sum(dtype=torch.int64))
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().partition("\n")[0]
+
+
+def _tensors(weights: Any) -> list[torch.Tensor]:
+    """Of dataclasses and sequences in each other, in order."""
+    if isinstance(weights, torch.Tensor):
+        return [weights]
+    if dataclasses.is_dataclass(weights):
+        weights = [getattr(weights, field.name) for field in dataclasses.fields(weights)]
+    return [tensor for part in weights for tensor in _tensors(part)] if isinstance(weights, (list, tuple)) else []
+
+
 class _Decoding:
     """An engine at work, and when its steps ended."""
 
-    def __init__(self, model: LlamaConfig) -> None:
-        self._engine = EmbeddedEngine(model, slots=SEQUENCES, max_length=4096, dtype=DTYPE)
+    def __init__(self, model: LlamaConfig, device: str) -> None:
+        self._engine = EmbeddedEngine(model, slots=SEQUENCES, max_length=4096, dtype=DTYPE, device=device)
         self._steps: list[float] = []
         self._loop, self._running = asyncio.get_running_loop(), asyncio.Event()
         self._next = 0
@@ -133,6 +161,12 @@ class _Decoding:
 
     async def load(self, snapshot: Snapshot) -> float:
         return (await self._engine.load_weights(snapshot)).stall_s
+
+    def holds(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether the weights that sample are these, bit for bit."""
+        batcher = self._engine._batcher
+        pairs = zip(_tensors(batcher._live), _tensors(batcher.prepare(tensors)), strict=True)
+        return all(torch.equal(live.to_dense(), loaded.to_dense()) for live, loaded in pairs)
 
     def pauses(self, start: float, end: float) -> list[float]:
         """Between the steps that ended from `start` to `end`, the first after it included."""
@@ -160,7 +194,7 @@ class _Decoding:
 class Pair:
     """The learner's side, in this process, and the generator's in another."""
 
-    def __init__(self, size: str, directory: Path) -> None:
+    def __init__(self, size: str, directory: Path, device: str = "cpu") -> None:
         self.layout = Layout.of(config(size), dtype=DTYPE)
         self.payload = torch.zeros(self.layout.nbytes, dtype=torch.uint8)
         for one in self.payload.view(DTYPE).split(1 << 22):
@@ -168,7 +202,7 @@ class Pair:
         self.copy = torch.empty_like(self.payload)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=receive, args=(theirs, size), daemon=True)
+        self._process = context.Process(target=receive, args=(theirs, size, device), daemon=True)
         self._process.start()
         theirs.close()
         assert self._pipe.recv() == "up"
@@ -339,7 +373,13 @@ def main() -> None:
     parser.add_argument("--no-stall", action="store_true")
     parser.add_argument("--changed", action="store_true", help="also the share of changed elements, by real runs")
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
+    if options.device == "cuda":
+        from weights_cuda import main as on_cuda
+
+        on_cuda([size for size in options.sizes if size != "109k"], options.updates, write=options.write)
+        return
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     if not options.no_transfers:

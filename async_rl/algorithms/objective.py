@@ -188,7 +188,8 @@ class Objective:
     def _clean(self, tokens: TokenBatch) -> CleanBatch:
         """Everything in fp32 or better, with 0 wherever the token has no weight."""
         active_T = tokens.mask_T if tokens.weight_mask_T is None else tokens.mask_T & tokens.weight_mask_T
-        inactive_T = None if bool(active_T.all()) else ~active_T  # nothing to clean: save the copies
+        all_are = not active_T.is_cuda and bool(active_T.all())  # saves the copies; a GPU would have to be waited for
+        inactive_T = None if all_are else ~active_T
 
         def clean(x_T: Tensor) -> Tensor:
             x_T = x_T if x_T.dtype == torch.float64 else x_T.float()

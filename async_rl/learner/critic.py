@@ -15,7 +15,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import CriticEstimates, explained_variance
 from async_rl.learner.optimisation import Optimisation, Stats, Totals, never
 from async_rl.learner.packed_attention import shares_prefixes
-from async_rl.learner.packing import move
+from async_rl.learner.packing import move, to_device
 from async_rl.learner.passes import over_step
 from async_rl.learner.scalar import PackedScalar
 from async_rl.learner.sharding import spread
@@ -84,7 +84,8 @@ class Critic:
         packed = pack(step, rollouts, share_prompts=shares_prefixes(self._ranks.device))
         device = self._ranks.device
         old_K, returns_K, active_K = (
-            x_A[packed.token_K].to(device) for x_A in (estimates.values_A, estimates.returns_A, estimates.active_A)
+            to_device(x_A[packed.token_K], device)
+            for x_A in (estimates.values_A, estimates.returns_A, estimates.active_A)
         )
         values_K = self.module(move(packed.tokens, device))
         loss, clipped = value_loss(

@@ -31,7 +31,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.metrics import batch_metrics
 from async_rl.learner.optimisation import Optimisation, Stats, ignored, never
 from async_rl.learner.packed_attention import shares_prefixes
-from async_rl.learner.packing import move
+from async_rl.learner.packing import move, to_device
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.roles import Estimates, Roles
 
@@ -105,10 +105,10 @@ class TrainStep:
     ) -> tuple[Tensor, Stats]:
         """Scalar part of the step's loss, and its statistics."""
         microbatch = pack(step, rollouts, share_prompts=shares_prefixes(self._device))
-        advantages_n = estimates.advantages_N[microbatch.rollout_n].to(self._device)
+        advantages_n = to_device(estimates.advantages_N[microbatch.rollout_n], self._device)
         per_token = (estimates.critic.advantages_A if estimates.critic else None, estimates.reference_A)
         advantages_K, reference_K = (
-            None if x_A is None else x_A[microbatch.token_K].to(self._device) for x_A in per_token
+            None if x_A is None else to_device(x_A[microbatch.token_K], self._device) for x_A in per_token
         )
         microbatch = move(microbatch, self._device)
         fresh_enough_K = step.version - microbatch.version_K <= self._bound
