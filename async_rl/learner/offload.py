@@ -6,7 +6,7 @@
     gradients             freed; the next step makes them anew      the same
     activations           freed already, by the backward pass       the same
 
-The CUDA context stays, and so do workspaces of cuBLAS. Pinned buffers are kept for the next time: pinning costs more
+The CUDA context stays. Pinned buffers are kept for the next time: pinning costs more
 than copying. A module that starts off the device is built on the CPU and moved by the first `enter`.
 """
 
