@@ -188,8 +188,8 @@ class EmbeddedEngine:
 
         error: BaseException | None = None
         try:
-            if self._device.index is not None and self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # of this thread: kernels are launched on the current one
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device.index or 0)  # this thread's: kernels are launched on it
             while True:
                 runnable = self._batcher.has_work and not self._paused
                 if not runnable:
