@@ -12,7 +12,8 @@ a bf16 matrix product of 8192 x 8192 x 8192. Arms, each of which must have the l
     compile again        both
 
 The loss of 2k tokens is compared with that of fp32 on the CPU. An arm that fails is reported, the others go on. Printed
-besides: how often a step of the fastest arm made the host wait for the GPU, and its 25 most expensive kernels.
+besides: how often a step of the fastest arm made the host wait for the GPU, its 25 most expensive kernels, and the time
+of one layer's attention by torch's flash kernels, as the learner uses them, and by cuDNN's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Optimisation, Totals
 from async_rl.learner.packing import PackedTokens, Sequences, move, pack_sequences
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.varlen import attend_spans, spans_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "train_step_cuda.json"
@@ -210,6 +212,39 @@ def same_loss(device: torch.device) -> dict[str, float]:
     return {"cpu_fp32": expected, "gpu_bf16": found, "gpu_bf16_fused": also}
 
 
+def attention_ms(device: torch.device, kind: str) -> dict[str, float]:
+    """Forward, and both passes, of one layer."""
+    packed, length_S = sequences(TOKENS, SHAPE["vocab_size"])
+    heads, kv_heads = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
+    spans = spans_of(packed.families, device)
+    tokens, longest = int(packed.input_1T.numel()), int(length_S.max())
+    q, k, v = (
+        torch.randn(tokens, n, 64, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+    )  # fmt: skip
+    grad = torch.randn_like(q)
+    if kind == "flash":
+        inputs = [x.transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
+        forward = lambda: attend_spans(*inputs, spans, 0.125)  # noqa: E731
+        both = lambda: torch.autograd.grad(forward(), inputs, grad[None])  # noqa: E731
+    else:
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        ends = (spans.starts, spans.starts, longest, longest)
+        forward = lambda: torch.ops.aten._cudnn_attention_forward(  # noqa: E731
+            q, k, v, None, *ends, True, 0.0, True, False, scale=0.125
+        )
+
+        def both() -> object:
+            output, lse, *_, seed, offset, _ = forward()
+            return torch.ops.aten._cudnn_attention_backward(
+                grad, q, k, v, output, lse, seed, offset, None, *ends, 0.0, True, scale=0.125
+            )
+
+        expected = attend_spans(*(x.transpose(0, 1)[None] for x in (q, k, v)), spans, 0.125)[0]
+        gap = float((forward()[0].view_as(expected) - expected).float().abs().max())
+        assert gap < 0.05, f"cuDNN's attention is off by {gap}"
+    return {"forward_ms": round(1e3 * seconds(forward, 10), 3), "both_ms": round(1e3 * seconds(both, 10), 3)}
+
+
 def attempt(what: str, work: Callable[[], Any]) -> Any:
     """What it returns, or what broke it, which the rest need not know."""
     try:
@@ -247,6 +282,8 @@ def main(*, write: bool) -> None:
     if measured:
         fastest = min(measured, key=lambda row: row["step_s"])["arm"]
         attempt("the profile", lambda: look_into(next(arm for arm in ARMS if arm.name == fastest), device, ranks))
+    for kind in ("flash", "cudnn"):
+        print(kind, attempt(kind, lambda kind=kind: attention_ms(device, kind)), flush=True)
     ranks.stop()
 
 

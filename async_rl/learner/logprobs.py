@@ -8,7 +8,8 @@ Softmax, sums and gradients of logits are fp32, whatever the dtype of the matrix
 
 `fused`, for a GPU: logits stay in the dtype of the products, and torch.compile makes one kernel of all that reads them
 and one of their gradient. A row keeps its log-sum-exp, so the gradient is elementwise. Without it a GPU writes and
-reads a chunk ten times in fp32, which takes longer than the products themselves.
+reads a chunk ten times in fp32, which takes longer than the products themselves. Where there is room for the logits of
+all rows, they are kept.
 """
 
 from __future__ import annotations
@@ -174,12 +175,16 @@ class _FusedHead(torch.autograd.Function):
         statistics = _compiled(_statistics)
         with torch.autocast(hidden_KH.device.type, enabled=False):
             hidden, weight = hidden_KH.to(dtype), weight_VH.to(dtype)
-            found = [
-                statistics(part @ weight.t(), target, temperature)
-                for part, target in zip(hidden.split(rows), target_K.split(rows), strict=True)
-            ]
+            keep = any(ctx.needs_input_grad) and _has_room(len(hidden) * len(weight) * dtype.itemsize, hidden.device)
+            found: list[tuple[Tensor, Tensor, Tensor]] = []
+            kept: list[Tensor] = []
+            for part, target in zip(hidden.split(rows), target_K.split(rows), strict=True):
+                logits = part @ weight.t()
+                found.append(statistics(logits, target, temperature))
+                if keep:
+                    kept.append(logits)
         logp_K, entropy_K, lse_K = (torch.cat(parts) for parts in zip(*found, strict=True))
-        ctx.save_for_backward(hidden_KH, weight_VH, target_K, entropy_K, lse_K)
+        ctx.save_for_backward(hidden_KH, weight_VH, target_K, entropy_K, lse_K, *kept)
         ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
         ctx.set_materialize_grads(False)
         return logp_K, entropy_K
@@ -191,7 +196,7 @@ class _FusedHead(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grads[0] is None and grads[1] is None:
             return (None,) * 6
-        hidden_KH, weight_VH, target_K, entropy_K, lse_K = ctx.saved_tensors
+        hidden_KH, weight_VH, target_K, entropy_K, lse_K, *logits = ctx.saved_tensors
         gradient = _compiled(_gradient)
         with torch.autocast(hidden_KH.device.type, enabled=False):
             hidden, weight = hidden_KH.to(ctx.dtype), weight_VH.to(ctx.dtype)
@@ -199,14 +204,23 @@ class _FusedHead(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for start in range(0, len(target_K), ctx.rows):
                 rows = slice(start, start + ctx.rows)
-                kept = (target_K[rows], lse_K[rows], entropy_K[rows])
+                of_rows = (target_K[rows], lse_K[rows], entropy_K[rows])
                 of_outputs = [None if grad is None else grad[rows] for grad in grads]
-                grad = gradient(hidden[rows] @ weight.t(), *kept, *of_outputs, ctx.temperature)
+                chunk = logits[start // ctx.rows] if logits else hidden[rows] @ weight.t()
+                grad = gradient(chunk, *of_rows, *of_outputs, ctx.temperature)
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 if grad_weight is not None:
                     grad_weight += grad.t() @ hidden[rows]
         grad_weight = None if grad_weight is None else grad_weight.to(weight_VH.dtype)
         return grad_hidden.to(hidden_KH.dtype), grad_weight, None, None, None, None
+
+
+def _has_room(nbytes: int, device: torch.device) -> bool:
+    """Whether a GPU could hold this twice. Only the time that a step takes depends on it."""
+    if device.type != "cuda":
+        return False
+    spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 * nbytes <= torch.cuda.mem_get_info(device)[0] + spare
 
 
 @lru_cache(maxsize=2)

@@ -149,9 +149,12 @@ def test_log_probs_and_entropy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 50, 1 << 20])
-@pytest.mark.parametrize("fused", [False, True])
-def test_head_in_chunks_equals_autograd(chunk_elements: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fused", "room"), [(False, False), (True, False), (True, True)])
+def test_head_in_chunks_equals_autograd(
+    chunk_elements: int, fused: bool, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
+    monkeypatch.setattr(logprobs, "_has_room", lambda nbytes, device: room)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(11, 8, generator=generator, dtype=torch.float64)
