@@ -161,7 +161,7 @@ def main() -> None:
                 print(name, json.dumps(figures[name], indent=2), flush=True)
     if options.write:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = os.environ.get("COMMIT") or git.stdout.strip()
+        commit = os.environ.get("ASYNC_RL_COMMIT") or git.stdout.strip()
         device, suffix = f"{platform.processor() or platform.machine()}, 2 cores", ""
         if options.device == "cuda":
             device, suffix = gpu_name(), "_cuda"

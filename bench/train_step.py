@@ -6,13 +6,16 @@
     ours         a composed batch through learner.trainer: packed, a group's prompt computed once
     ours_alone   the same with every rollout carrying its own prompt
     padded       transformers' model on right-padded rows, log-softmax of all logits, the same optimiser
+    padded_tuned the same with our allocator settings
     trl          the loss of TRL 1.16's GRPOTrainer on the same rows, in an environment of its own (.venv-peers)
 
-A step is two micro-batches and one AdamW, as gradients are accumulated in practice. Useful are the tokens of the
-rollouts, each with its prompt, whoever computes it how often; padding is not. Every arm runs in a process of its own,
-so that its peak memory is its own (VmHWM), and arms take turns, so that a busy machine disturbs all alike. In `ragged`
-a micro-batch is eight rollouts of 20 to 256 tokens, one of them at the cap, as thinking goes; in `products` two groups
-of 8 of recipes/products_smollm2.toml, prompt 50 of 75 tokens.
+In `ragged` a step is one micro-batch of 16 rollouts of 20 to 256 tokens, one of them at the cap, as thinking goes; in
+`products` it is two, each of two groups of 8 of recipes/products_smollm2.toml, prompt 50 of 75 tokens. Useful are the
+tokens of the rollouts, each with its prompt, whoever computes it how often; padding is not.
+
+Every arm runs as its users run it: ours with the allocator settings that async_rl.launch gives every service, the
+others without; `padded_tuned` is `padded` with ours. Each has a process of its own, so that its peak memory is its own
+(VmHWM), and arms take turns, so that a busy machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -38,12 +41,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 RESULT = ROOT / "bench" / "results" / "train_step_smollm2.json"
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-ARMS = ("ours", "ours_alone", "padded", "trl")
+ARMS = ("ours", "ours_alone", "padded", "padded_tuned", "trl")
 DTYPES = ("float32", "bfloat16")
 VOCABULARY = 49152
 GROUP = 8
-RAGGED = (20, 40, 40, 60, 60, 80, 120, 256)
-MICROBATCHES = 2
+RAGGED = (20,) * 4 + (40,) * 2 + (60,) + (80,) * 7 + (120, 256)
 
 Rollouts = list[tuple[int, np.ndarray, int]]
 """(group, [L] int32 tokens, tokens of the prompt)"""
@@ -61,8 +63,8 @@ def workload(name: str) -> list[Rollouts]:
         return [(group, np.concatenate([prompt, text(int(rng.integers(15, 36)))]), 50) for _ in range(GROUP)]
 
     if name == "products":
-        return [products(2 * index) + products(2 * index + 1) for index in range(MICROBATCHES)]
-    return [[(index, text(length), 10) for length in RAGGED] for index in range(MICROBATCHES)]
+        return [products(0) + products(1), products(2) + products(3)]
+    return [[(0, text(length), 10) for length in RAGGED]]
 
 
 # --- the arms: each makes a function that trains one step -------------------------------------------------------------
@@ -91,7 +93,7 @@ def ours(work: list[Rollouts], dtype: str, *, shared: bool) -> Callable[[], floa
         spans = [VersionSpan(prompt, len(tokens), 0, 0)]
         sequence = Sequence(tokens.tobytes(), logprobs.tobytes(), spans)
         message.append(TrainRollout(group, member, float(member % 3), [sequence]))
-    size = len(message) // MICROBATCHES
+    size = len(work[0])
     plan = [list(range(start, start + size)) for start in range(0, len(message), size)]
 
     def train() -> float:
@@ -196,7 +198,7 @@ def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
     if arm.startswith("ours"):
         train = ours(work, dtype, shared=arm == "ours")
     else:
-        train = padded(work, dtype) if arm == "padded" else trl(work, dtype)
+        train = trl(work, dtype) if arm == "trl" else padded(work, dtype)
     train()
     seconds: list[float] = []
     for _ in range(steps):
@@ -214,7 +216,8 @@ def in_process(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
 
     python = str(PEERS) if arm == "trl" else sys.executable
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{key}={value}" for key, value in MALLOC.items())
+    if arm.startswith("ours") or arm.endswith("tuned"):
+        environment["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{key}={value}" for key, value in MALLOC.items())
     environment["PYTHONPATH"] = str(ROOT)
     command = [python, __file__, "--arm", arm, "--workload", load, "--dtype", dtype, "--steps", str(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -255,7 +258,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for dtype in DTYPES:
         for load in ("ragged", "products"):
-            for peer in ("padded", "trl"):
+            for peer in ("padded", "padded_tuned", "trl"):
                 value = speed[load, dtype, "ours"] / speed[load, dtype, peer]
                 found[f"{load} {dtype}: ours / {peer}"] = round(value, 2)
         value = speed["products", dtype, "ours"] / speed["products", dtype, "ours_alone"]

@@ -307,9 +307,13 @@ def look_into(arm: Arm, device: torch.device, ranks: Ranks) -> None:
 
 
 def commit() -> str:
-    """Of this checkout; "" where there is no git, unless the environment says it."""
+    """Of this checkout, which may be a copy without its git: then the environment says it."""
+    said = os.environ.get("ASYNC_RL_COMMIT", "")
+    if said:
+        return said
     try:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        return asked.stdout.strip() or os.environ.get("ASYNC_RL_COMMIT", "")
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
     except FileNotFoundError:
-        return os.environ.get("ASYNC_RL_COMMIT", "")
+        return ""

@@ -183,6 +183,11 @@ class Decoder:
         return rows.unflatten(0, (-1, self.head_size))[:, self._pairs].flatten(0, 1)
 
 
+PIECE = 1 << 21
+"""Elements that go to a GPU at a time: a decode step that is launched meanwhile waits for one piece, not for all of an
+embedding."""
+
+
 class _Taker:
     """Copies tensors out of a snapshot, cast and moved."""
 
@@ -203,7 +208,12 @@ class _Taker:
             return None
         if rows is not None and len(tensor) != rows:
             raise ValueError(f"{name} has {len(tensor)} rows, the config says {rows}")
-        return tensor.detach().to(device=self._device, dtype=self._dtype, copy=True)
+        if self._device.type == "cpu" or tensor.device.type != "cpu":
+            return tensor.detach().to(device=self._device, dtype=self._dtype, copy=True)
+        moved = torch.empty_like(tensor, device=self._device, dtype=self._dtype)
+        for piece, of in zip(moved.flatten().split(PIECE), tensor.detach().flatten().split(PIECE), strict=True):
+            piece.copy_(of)
+        return moved
 
 
 def _check(config: PreTrainedConfig) -> None:

@@ -85,13 +85,20 @@ class Layout:
             ValueError: a tensor is missing or has another shape, or `out` is too small.
         """
         views = self.views(out)
+        stream: torch.cuda.Stream | None = None
         for name, tensor in named:
             view = views.pop(name, None)
             if view is None:
                 continue
             if view.shape != tensor.shape:
                 raise ValueError(f"{name}: shape {tuple(tensor.shape)}, the layout has {tuple(view.shape)}")
-            view.copy_(tensor)
+            if tensor.is_cuda:  # cast there: torch would move the wide numbers and cast them on the host
+                stream = torch.cuda.current_stream(tensor.device)
+                view.copy_(tensor.to(view.dtype), non_blocking=True)
+            else:
+                view.copy_(tensor)
+        if stream is not None:
+            stream.synchronize()
         if views:
             raise ValueError(f"{len(views)} tensors of the layout were not given, the first is {next(iter(views))}")
 
