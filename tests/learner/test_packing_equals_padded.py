@@ -20,6 +20,7 @@ from async_rl.learner.batch import StepBatch, flatten, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.logprobs import token_logprobs
 from async_rl.learner.packed_attention import run_packed, use_packed_attention
+from async_rl.learner.packing import Block, Family
 from async_rl.learner.trainer import Learner, build_objective
 from async_rl.models.loading import build_model
 from async_rl.wire.messages import TrainRollout
@@ -178,6 +179,22 @@ def test_head_in_chunks_equals_autograd(
 
 
 @pytest.mark.usefixtures("attention")
+@pytest.mark.parametrize("length", [2, 7, 192, 193])
+def test_short_and_long_sequences_in_bfloat16_attend_alike(length: int) -> None:
+    """Either side of DENSE_LENGTH, two sequences of 6 heads over 2, against fp32: output and gradients."""
+    generator = torch.Generator().manual_seed(length)
+    family = Family(0, (Block(2, length),))
+    inputs = [torch.randn(1, heads, 2 * length, 16, generator=generator) for heads in (6, 2, 2)]
+    seed = torch.randn(1, 2 * length, 6, 16, generator=generator)
+    found: list[list[Tensor]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in inputs)
+        output = packed_attention.attend(q, k, v, (family,), None)
+        found.append([output, *torch.autograd.grad((output.float() * seed).sum(), (q, k, v))])
+    for exact, low in zip(*found, strict=True):
+        assert (low.float() - exact).norm() < 1e-2 * exact.norm() + 1e-6
+
+
 def test_bfloat16_autocast_trains_on_common_prompts(ranks: Ranks, tmp_path: Path) -> None:
     losses: list[float] = []
     for dtype in ("float32", "bfloat16"):
