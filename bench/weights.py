@@ -395,12 +395,14 @@ def main() -> None:
     if options.write:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp: dict[str, Any] = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp["load"] = round(os.getloadavg()[0], 1)
         path = ROOT / "bench" / "results" / "weights.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = json.loads(path.read_text()) if path.exists() else {"measured": {}}
         for name, found in figures.items():  # sizes that were not measured this time stay
             kept[name] = kept.get(name, {}) | found
-        path.write_text(json.dumps(kept | stamp | {"load": round(os.getloadavg()[0], 1)}, indent=2) + "\n")
+            kept["measured"][name] = stamp
+        path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":
