@@ -8,7 +8,9 @@ It is received into staging, and handed over when it is whole and verified.
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -35,6 +37,8 @@ from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
 
 IN_FLIGHT = 3
 """Buckets: while one is checked, the next two are on their way."""
+KNOCK_S = 1.0
+"""A connection that is not refused and does not come about is tried again, unless a newer group was called."""
 LEARNER = "learner"
 CPU = torch.device("cpu")
 
@@ -165,6 +169,7 @@ class ProcessGroupReceiver(_Member):
         if self._member not in group.members:
             return
         host, _, port = group.store.rpartition(":")
+        self._reach(group.epoch, host, int(port))
         try:
             store = TCPStore(
                 host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self._timeout_s)
@@ -175,6 +180,22 @@ class ProcessGroupReceiver(_Member):
                 f"the rendezvous store of the learner at {group.store} does not answer: {reason}"
             ) from error
         self._form(store, group.epoch, 1 + group.members.index(self._member), [LEARNER, *group.members])
+
+    def _reach(self, epoch: int, host: str, port: int) -> None:
+        """TCPStore knocks until its deadline, and once more, whatever comes meanwhile. Where a learner has died, every
+        group that was formed before its successor came would take so long, one after the other."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            self._refuse_old(epoch)
+            try:
+                socket.create_connection((host, port), timeout=KNOCK_S).close()
+                return
+            except TimeoutError as error:
+                reason = error if time.monotonic() >= deadline else None
+            except OSError as error:  # refused: it stood before anybody heard of it, so its learner is gone
+                reason = error
+            if reason is not None:
+                raise GroupIncomplete(f"the rendezvous store of the learner at {host}:{port} does not answer: {reason}")
 
     def receive(self, announce: WeightsAnnounce) -> Snapshot:
         """Join the broadcast that was announced. What it brings is named by its header, not by the announcement.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import SEGMENTS, SERVICES, completes, newest_checkpoint
+from .faults import run_first
 
 STEP_S, START_S = 0.05, 5.0
 """Kills come anywhere within a step, or within the start of a process."""
@@ -93,8 +94,7 @@ def test_a_service_that_is_being_started_when_the_controller_dies(
         "    return process\n"
         "asyncio.create_subprocess_exec = create_subprocess_exec\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(slow)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run_first(monkeypatch, tmp_path / "first", slow)
     run = start("steps=60")
     run.rows(3)
     run.kill(["learner-0"])

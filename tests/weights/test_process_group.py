@@ -6,8 +6,10 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -163,6 +165,23 @@ def test_a_missing_member_is_named() -> None:
     nobody = WeightGroup(3, ["generator-0"], "127.0.0.1:1")
     with pytest.raises(GroupIncomplete, match="does not answer"):
         member.form(nobody)
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_is_gone_holds_up_nobody() -> None:
+    """Long before the deadline: at once where it refuses; where it says nothing, when a newer group is called."""
+    member = ProcessGroupReceiver("generator-0", SMALL, timeout_s=600)
+    with pytest.raises(GroupIncomplete, match=r"127\.0\.0\.1:1 does not answer: .*refused"):
+        member.form(WeightGroup(1, ["generator-0"], "127.0.0.1:1"))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        socket.create_server(("127.0.0.1", 0), backlog=0) as silent,
+        socket.create_connection(silent.getsockname()),  # there is room for one
+    ):
+        forming = pool.submit(member.form, WeightGroup(2, ["generator-0"], f"127.0.0.1:{silent.getsockname()[1]}"))
+        member.interrupt(3)
+        with pytest.raises(GroupSuperseded):
+            forming.result()
 
 
 def test_a_newer_group_ends_the_roll_call_of_the_older_one() -> None:
