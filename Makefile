@@ -56,12 +56,13 @@ demo: $(STAMP) $(SMOLLM2)  ## SmolLM2-135M-Instruct learns to multiply, in three
 demo-tiny: $(STAMP)  ## learn to sort four digits from random weights, in about a minute
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-tiny
 
-# The server computes on the CPU here, which it was not made for: five to ten minutes, most of them in Python.
+# The server computes on the CPU here, which it was not made for: five minutes, most of them in Python, once per request.
+# With answers of four tokens it is better off without a prefix cache, and without taking the next step on credit.
 demo-sglang: $(STAMP) $(SGLANG_STAMP)  ## the same with a real SGLang server as the generator's engine
 	$(BIN)/async-rl train recipes/sort.toml --run-dir runs/demo-sglang --set generator.engine=sglang \
-	  --set generator.sglang.python=$(SGLANG)/bin/python \
+	  --set generator.sglang.python=$(SGLANG)/bin/python --set weights.in_flight=keep \
 	  --set "generator.sglang.environment={PYTHONPATH='$(CURDIR)/tests/sglang/cpu_shim',SGLANG_USE_CPU_ENGINE='1',GLOO_SOCKET_IFNAME='lo'}" \
-	  --set "generator.sglang.arguments=['--attention-backend','torch_native','--sampling-backend','pytorch','--grammar-backend','none','--max-total-tokens','32768','--mem-fraction-static','0.95']"
+	  --set "generator.sglang.arguments=['--attention-backend','torch_native','--sampling-backend','pytorch','--grammar-backend','none','--max-total-tokens','32768','--mem-fraction-static','0.95','--disable-radix-cache','--disable-overlap-schedule']"
 
 bench: bench-overlap bench-losses bench-engine bench-ledger bench-weights  ## every benchmark
 

@@ -58,6 +58,11 @@ def test_the_abort_of_a_request_that_waits_tells_everything_again() -> None:
     assert (one.tokens, one.reason) == ([10, 11], "abort")
 
 
+def test_pieces_that_end_before_the_first_event_would_come_are_not_streamed() -> None:
+    assert not generate_body([piece(8), piece(3)], stream_tokens=8, salt="")["stream"]
+    assert generate_body([piece(3), piece(9)], stream_tokens=8, salt="")["stream"]
+
+
 def test_what_does_not_add_up_is_refused() -> None:
     one = piece()
     one.take(event([(-0.5, 10)], 1))

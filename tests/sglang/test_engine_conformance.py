@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_conformance import *  # noqa: F403 - the tests
 from test_conformance import MAX_LENGTH, SLOTS, VOCABULARY, Driver, drive
+from test_conformance import test_a_swap_says_how_far_every_request_was as swap_says_how_far
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.settings import InFlight
@@ -18,10 +19,15 @@ from async_rl.wire.messages import WeightsId
 from .conftest import Server
 from .sglang_cases import make_engine
 
-MODES: list[InFlight] = ["recompute", "keep", "drain"]
+MODES: list[tuple[InFlight, int]] = [("recompute", 1), ("keep", 1), ("drain", 1), ("recompute", 1000)]
+"""And every so many tokens of a piece the server tells of it: at last, when it has ended."""
 
 
-@pytest.fixture(params=MODES)
+def name(mode: tuple[InFlight, int]) -> str:
+    return f"{mode[0]}-{mode[1]}"
+
+
+@pytest.fixture(params=MODES, ids=name)
 def on_engine(
     request: pytest.FixtureRequest, server: Server, models: dict[int, Any], tmp_path: Path
 ) -> Callable[[Callable[[Driver], Awaitable[None]]], None]:
@@ -30,10 +36,12 @@ def on_engine(
             return Snapshot(WeightsId(0, version), dict(models[version].named_parameters()))
 
         async def main() -> None:
+            in_flight, stream_tokens = request.param
             engine = make_engine(
                 tmp_path,
                 attach=[server.url],
-                in_flight=request.param,
+                in_flight=in_flight,
+                stream_tokens=stream_tokens,
                 slots=SLOTS,
                 vocabulary=VOCABULARY,
                 max_length=MAX_LENGTH,
@@ -44,3 +52,9 @@ def on_engine(
         asyncio.run(main())
 
     return run
+
+
+@pytest.mark.parametrize("on_engine", MODES[:-1], ids=name, indirect=True)
+def test_a_swap_says_how_far_every_request_was(on_engine: Any) -> None:
+    """To the token, where the server tells of each."""
+    swap_says_how_far(on_engine)

@@ -100,6 +100,7 @@ class Calls:
         self.held_by: set[str] = set()
         """Why nothing begins or goes on."""
         self.pieces = 0
+        self._admitting = False
         self.idle = asyncio.Event()
         """No piece is with a server."""
         self.idle.set()
@@ -143,6 +144,18 @@ class Calls:
                 for together in [[live] for live in group] if self._router else [group]:
                     self._start(self._freest() or worker, together)
         self._changed()
+
+    def _admit_soon(self) -> None:
+        """Behind everything that has arrived with this piece: the slots of a group that ends go to a group, in one
+        call, and not to its members one by one."""
+
+        def admit() -> None:
+            self._admitting = False
+            self.admit()
+
+        if not self._admitting:
+            self._admitting = True
+            asyncio.get_running_loop().call_soon(admit)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         ended: list[Chunk] = []
@@ -277,7 +290,7 @@ class Calls:
             if segment is not None and live.open_tokens >= segment:
                 self._deliver([self._chunk(live, None)])
             self._ready.append(live)
-        self.admit()
+        self._admit_soon()
 
     def _reason(self, live: Live, piece: Piece) -> FinishReason | None:
         """None: it goes on."""

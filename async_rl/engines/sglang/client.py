@@ -79,7 +79,8 @@ class SGLangClient:
     # --- sampling ---------------------------------------------------------------------------------------------
 
     async def generate(self, body: dict[str, Any], url: str = "") -> AsyncGenerator[dict[str, Any]]:
-        """Events of a streaming call. url: of a router to ask in place of this server.
+        """Events of a call; without `stream`, one for each of its requests, when all have ended. url: of a router to
+        ask in place of this server.
 
         There is no deadline for the whole of it: a rollout may take hours. Closing it aborts the call on the server.
 
@@ -93,6 +94,11 @@ class SGLangClient:
                     refused = ServerRefused(self._say("generate", await _reason(response)))
                     refused.busy = response.status in BUSY
                     raise refused
+                if not body["stream"]:
+                    answer: Any = msgspec.json.decode(await response.read())
+                    for event in answer if isinstance(answer, list) else [answer]:  # pyright: ignore[reportUnknownVariableType]
+                        yield event
+                    return
                 while line := await response.content.readline():
                     data = line.removeprefix(b"data:").strip()
                     if not data:

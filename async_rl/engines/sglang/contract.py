@@ -58,7 +58,8 @@ def generate_body(pieces: Sequence[Piece], *, stream_tokens: int, salt: str) -> 
     """One call for pieces that begin with the same tokens (a group): the server prefills them once. A call for one
     piece has no lists, because routers take none.
 
-    stream_tokens: hear of the progress of a piece every so many tokens.
+    stream_tokens: hear of the progress of a piece every so many tokens. Where no piece has more, there is one answer
+    when all of them have ended: events cost the server more than a few tokens do.
     salt: pieces of another salt share no cached prefix with these; empty: none.
     """
     fields: dict[str, list[Any]] = {
@@ -71,7 +72,7 @@ def generate_body(pieces: Sequence[Piece], *, stream_tokens: int, salt: str) -> 
     one = len(pieces) == 1
     return {name: values[0] if one else values for name, values in fields.items()} | {
         "return_logprob": True,
-        "stream": True,
+        "stream": max(piece.limit for piece in pieces) > stream_tokens,
     }
 
 

@@ -34,7 +34,7 @@ from async_rl.weights.errors import WeightsError
 from async_rl.wire.messages import WeightsId
 
 CAUSES = ("idle", "engine_step", "swap", "paused", "released")
-PAUSE, DRAIN, RELEASED = "pause", "drain", "released"
+PAUSE, DRAIN, RELEASED, STOPPED = "pause", "drain", "released", "stopped"
 
 
 class SGLangEngine:
@@ -274,6 +274,7 @@ class SGLangEngine:
             for command in early:
                 command()
             await self._stopping.wait()
+            self._calls.held_by.add(STOPPED)
             raise _Stop  # out of a group: that cancels whoever is in it
 
     def _make_workers(self, session: aiohttp.ClientSession) -> list[Worker]:
