@@ -731,7 +731,7 @@ def _check_colocated(run: Run, demand: Callable[[bool, str, object, str], None])
     reason = "with placement = 'colocated' one generator and one learner rank share a device: write"
     for field, value, allowed in [
         ("weights.transport", run.weights.transport.replace("auto", "shared_memory"), "shared_memory"),
-        ("generator.engine", run.generator.engine, "embedded"),
+        ("generator.sglang.backend", run.generator.sglang.backend, "gloo"),
         ("generator.count", run.generator.count, 1),
         ("learner.ranks", run.learner.ranks, 1),
         ("generator.device", run.generator.device, run.learner.device),

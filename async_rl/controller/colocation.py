@@ -42,6 +42,7 @@ class Colocation:
         to_generator, to_learner: send to the one that is there; what is sent to nobody is lost.
         version: that the learner is at.
         generator_there: whether one has said Hello, and is not silent since.
+        server_s: how long a server that the generator starts may take, on top.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Colocation:
         to_learner: Callable[[DeviceTurn | MicroBatches], None],
         version: Callable[[], int],
         generator_there: Callable[[], bool],
+        server_s: float = 0.0,
     ) -> None:
+        self._timeout_s = TURN_TIMEOUT_S + server_s
         self.turn = FIRST
         self._to_generator, self._to_learner = to_generator, to_learner
         self._version, self._generator_there = version, generator_there
@@ -190,11 +193,11 @@ class Colocation:
     def _arm(self) -> None:
         self.close()
         if self.turn in WAITS_FOR:
-            self._deadline = self._loop.call_later(TURN_TIMEOUT_S, self._expire)
+            self._deadline = self._loop.call_later(self._timeout_s, self._expire)
 
     def _expire(self) -> None:
         if not self._overdue.done():
             whom = WAITS_FOR[self.turn].format(version=self._version())
             self._overdue.set_exception(
-                TimeoutError(f"turn {self.turn.value}: waited {TURN_TIMEOUT_S:.0f} s for {whom}")
+                TimeoutError(f"turn {self.turn.value}: waited {self._timeout_s:.0f} s for {whom}")
             )

@@ -428,11 +428,13 @@ class Controller:
     # --- one device in turns ----------------------------------------------------------------------------------
 
     def _colocation(self) -> Colocation:
+        generator = self.run_config.generator
         return Colocation(
             to_generator=self._generators.broadcast,
             to_learner=self._send_learner,
             version=lambda: self.version,
             generator_there=lambda: bool(self._generators.peers),
+            server_s=generator.sglang.start_s if generator.engine == "sglang" else 0.0,
         )
 
     def _may_compose(self) -> bool:

@@ -60,6 +60,7 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
         drain_s=run.environment.timeout_s,
         stuck_s=server.stuck_s,
         stream_tokens=server.stream_tokens,
+        off_device=run.colocated,
         copy=run.weights.transport != "shared_memory",
     )
     limit: Any = getattr(config, "max_position_embeddings", 0)
@@ -88,5 +89,6 @@ def _command(run: Run, config: PreTrainedConfig, files: Path, device: str) -> Se
         *("--max-running-requests", str(run.generator.slots), "--weight-version", "none"),
         *("--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle", "--log-level-http", "warning"),
         *(("--load-format", "dummy") if run.model.tiny is not None else ()),
+        *(("--enable-memory-saver",) if run.colocated and device.startswith("cuda") else ()),
         *server.arguments,
     ]

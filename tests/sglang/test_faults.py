@@ -169,7 +169,7 @@ def test_two_servers_behind_a_router(router: tuple[str, list[Server]], tmp_path:
     before = prefilled()
 
     async def main() -> None:
-        engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12)
+        engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12, stream_tokens=8)
         async with running(engine) as feed:
             await engine.load_weights(snapshot(models, 0))
             feed.submit(24)

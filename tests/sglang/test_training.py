@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from engine_cases import recompute
 
-from async_rl import config
-from async_rl.ledger import records
-from async_rl.ledger.store import snapshot
-from async_rl.models.loading import build_model
 from async_rl.telemetry.run_directory import RunDirectory
-from async_rl.wire.messages import RolloutResult
 
-from ..chaos.conftest import Run, completes, start  # noqa: F401 - fixtures among them
+from ..chaos.conftest import Run, completes, newest_checkpoint, start  # noqa: F401 - fixtures among them
+from ..chaos.faults import Meeting, run_first
+from ..chaos.recomputation import KEPT, check_logprobs
 from ..system.conftest import cli, summary, train  # noqa: F401
 from .conftest import CPU_ARGUMENTS, CPU_ENVIRONMENT, PYTHON
 
@@ -27,22 +23,27 @@ STEPS = 30
 TOLERANCE = 1e-5
 
 
-def overrides() -> list[str]:
-    """Completions long enough that weights change in the middle of them; every checkpoint and every rollout is kept."""
+def on_sglang() -> list[str]:
+    """Whatever a recipe needs for a server of its own."""
     environment = ",".join(f"{key}='{value}'" for key, value in CPU_ENVIRONMENT.items())
     return [
         "generator.engine=sglang",
         f"generator.sglang.python={PYTHON}",
         f"generator.sglang.environment={{{environment}}}",
         f"generator.sglang.arguments={CPU_ARGUMENTS}",
+    ]
+
+
+def overrides() -> list[str]:
+    """Completions long enough that weights change in the middle of them; every checkpoint and every rollout is kept."""
+    return [
+        *on_sglang(),
         f"steps={STEPS}",
         "environment.options={digits=32,reward='distance'}",
         "model.tiny.max_length=96",
         "rollout.max_new_tokens=32",
         "rollout.segment_tokens=12",
-        "checkpoint.every_steps=1",
-        f"checkpoint.keep={STEPS + 1}",
-        "controller.keep_rollouts=all",
+        *KEPT,
         "evaluation.every_steps=10",
     ]
 
@@ -65,32 +66,115 @@ def test_a_run_whose_server_is_killed(start: Any, tmp_path: Path) -> None:  # no
     assert summary(run.path)["eval_after"]["failed"] == 0
     log = (run.path / "logs" / "generator-0.log").read_text()
     assert re.search(r"is gone \(.+\); it is started again", log), log
-    checked = check_logprobs(RunDirectory(run.path))
+    checked = check_logprobs(RunDirectory(run.path), atol=TOLERANCE)
     print(f"{sum(checked.values())} tokens of {len(checked)} versions agree with the learner")
     assert len(checked) > 20
 
 
-def check_logprobs(directory: RunDirectory) -> dict[int, int]:
-    """version -> how many tokens were compared."""
-    run = directory.load_config()
-    sequences = []
-    with snapshot(directory.ledger) as store:
-        for key, value in store.scan(b"payload/"):
-            for result in records.decode(key, value, list[RolloutResult]):
-                sequences += [(sequence, span) for sequence in result.sequences for span in sequence.spans]
-    checked: dict[int, int] = {}
-    sequences.sort(key=lambda pair: pair[1].version)
-    for version, parts in itertools.groupby(sequences, key=lambda pair: pair[1].version):
-        path = directory.checkpoints / f"v{version:08d}"
-        if version and not path.is_dir():
-            continue
-        source = config.Model(path=str(path)) if version else run.model
-        model = build_model(source, seed=run.seed).eval()
-        for sequence, span in parts:
-            assert span.kv_version == version
-            tokens = np.frombuffer(sequence.tokens, "<i4").tolist()
-            expected = recompute(model, tokens[: span.start], tokens[span.start : span.end]).numpy()
-            found = np.frombuffer(sequence.logprobs, "<f4")[span.start : span.end]
-            np.testing.assert_allclose(found, expected, atol=TOLERANCE)
-            checked[version] = checked.get(version, 0) + span.end - span.start
-    return checked
+EVERY = 10
+OTHERS = 16
+"""Training rollouts that must end while an evaluation rollout is in flight."""
+EXAM = f"""
+from async_rl import environment
+from async_rl.environments.api import Reward
+from async_rl.environments.sorting import SortingTasks
+
+ended = 0
+
+
+class Tasks(SortingTasks):
+    def heldout(self):
+        return [{{**task, "exam": True}} for task in super().heldout()]
+
+
+@environment("exam", tasks=Tasks)
+async def exam(task, policy):
+    global ended
+    if "exam" not in task.data:
+        reply = await policy.complete(task["digits"] + "=", max_new_tokens=4)
+        ended += 1
+        return float(reply.text == "".join(sorted(task["digits"])))
+    before = ended
+    for _ in range(100):
+        await policy.complete(task["digits"] + "=", max_new_tokens=1)
+        if ended - before >= {OTHERS}:
+            break
+    return Reward(0.0, {{}}, {{"others": float(ended - before)}})
+"""
+SLOW_DISK = """
+import os, sys
+
+if "learner-0" in sys.orig_argv:
+    real = os.fsync
+
+    def fsync(descriptor):
+        if "/checkpoints/" in os.readlink(f"/proc/self/fd/{{descriptor}}") and os.path.exists({path!r}):
+            open({path!r}).read()
+        real(descriptor)
+
+    os.fsync = fsync
+"""
+
+
+@pytest.mark.timeout(300)
+def test_generation_goes_on_during_checkpoint_and_evaluation(
+    start: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint whose disk does not answer, until batches were sampled and trained on that began after it; and an
+    evaluation whose every rollout asks for one token more until training rollouts have ended beside it."""
+    (tmp_path / "exam.py").write_text(EXAM)
+    run_first(monkeypatch, tmp_path / "first", SLOW_DISK.format(path=str(tmp_path / "disk")))
+    disk = Meeting(tmp_path / "disk")
+    run = start(
+        *on_sglang(),
+        f"steps={2 * EVERY}",
+        f"checkpoint.every_steps={EVERY}",
+        f"evaluation.every_steps={EVERY}",
+        "environment.name=exam",
+        f"environment.module={tmp_path / 'exam.py'}",
+        "environment.options={}",
+    )
+    disk.wait()
+    row = run.rows(1)
+    while row["step"] - row["lag_max"] <= EVERY:
+        row = run.rows(1)
+    assert newest_checkpoint(run.path) == 0 and row["step"] < 2 * EVERY - 1
+    disk.end()
+    completes(run, 2 * EVERY)
+    assert newest_checkpoint(run.path) == 2 * EVERY
+    samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    beside = [sample["metrics"]["others"] for sample in samples if sample["version"] == EVERY]
+    assert len(beside) == 16 and min(beside) >= OTHERS
+
+
+def in_turn(run: Run, *states: str) -> None:
+    """Wait until the device is in one of these."""
+    deadline = time.monotonic() + 60
+    while (turn := run.call("/status")["turn"]) not in states:
+        assert time.monotonic() < deadline, f"in {turn}, never in {states}"
+
+
+@pytest.mark.timeout(400)
+def test_a_run_in_turns_with_its_server(start: Any) -> None:  # noqa: F811
+    """`placement = "colocated"`: the server leaves the device for every step, is killed once off it and once on it, and
+    is started again when it is its turn. What it samples over a turn is of the weights of that turn."""
+    run = start(*on_sglang(), *KEPT, "steps=30", "placement=colocated", "staleness.depth=1")
+    run.rows(3, within=200)
+    learner = run.children()["learner-0"]
+    learner.suspend()
+    in_turn(run, "onload", "train", "offload")
+    server_of(run).kill()
+    learner.resume()
+    run.rows(3, within=200)
+    in_turn(run, "rollout")
+    server_of(run).kill()
+    completes(run, 30)
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    states = {state for row in rows for state in row["turns"]["seconds"]}
+    assert states == {"update", "rollout", "release", "onload", "train", "offload"}
+    assert rows[-1]["engine"]["restarts"] == 2
+    checked = check_logprobs(RunDirectory(run.path), atol=TOLERANCE)
+    print(f"{sum(checked.values())} tokens of {len(checked)} versions agree with the learner")
+    assert len(checked) > 20

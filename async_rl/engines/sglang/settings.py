@@ -45,6 +45,8 @@ class Settings:
     drain_s: float = 600.0
     stuck_s: float = 30.0
     stream_tokens: int = 16
+    off_device: bool = False
+    """The device is shared: a server of ours starts with the first weights, and not while it is off the device."""
     bucket_bytes: int = 64 << 20
     """Buckets hold whole tensors: a larger tensor is a bucket of its own."""
     copy: bool = False

@@ -4,6 +4,8 @@
      ^                                               |
      +------(it exits, or answers no more)-----------+
 
+Where the device is shared it is `down` until weights are to be loaded: a server takes the device when it starts.
+
 A server is asked every PROBE_S how it is, because it tells nobody: whether it lives, what it holds, how busy it is. One
 that samples nothing although requests are with it, and that we did not pause, was probably paused by somebody else: it
 is resumed, and the log says so.
@@ -49,10 +51,12 @@ class Worker:
         start_s: float,
         stuck_s: float,
         max_input: int,
+        off_device: bool = False,
         news: Callable[[], None],
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
-        long without progress means that somebody paused it. news: called when something may begin that could not."""
+        long without progress means that somebody paused it. off_device: the device is somebody else's until the first
+        weights. news: called when something may begin that could not."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
         self.client = make_client(url)
@@ -65,8 +69,12 @@ class Worker:
         self._doubted = False
         """It sampled with weights that are not ours, and was not looked at since."""
         self._target: Snapshot | None = None
-        self._away = False
-        """Off the device until the next weights, whatever happens to the server meanwhile."""
+        self._on_device = asyncio.Event()
+        """Else it is off it until the next weights, whatever happens to the server meanwhile."""
+        if not off_device:
+            self._on_device.set()
+        self._runs = False
+        """It is up, or about to be: it may hold memory there."""
         self._asleep = False
         """This run of the server has given its memory back."""
         self.held: WeightsId | None = None
@@ -106,6 +114,9 @@ class Worker:
         """Raises UserError where it never was there, ServerFailed where it does not come back, or keeps dying."""
         async with asyncio.TaskGroup() as self._tasks:
             while True:
+                if self._process is not None:
+                    await self._on_device.wait()
+                self._runs = True
                 try:
                     await self._start()
                 except ServerFailed as error:
@@ -117,7 +128,7 @@ class Worker:
                 self._catch_up()
                 why = await self._watch()
                 self._up.clear()
-                self.held = None
+                self._runs, self.held = self._process is None, None
                 self.restarts += 1
                 self.restarted += 1
                 log.warning("SGLang server %s is gone (%s); %s", self.client.url, why, self._what_now())
@@ -131,7 +142,7 @@ class Worker:
         """Bring it to the newest weights, while it is being watched."""
 
         async def catch_up() -> None:
-            if self._target is not None and not self._away:
+            if self._target is not None and self._on_device.is_set():
                 await self.update(self._target)
                 self._news()
 
@@ -149,6 +160,7 @@ class Worker:
         before, self._target = self._target, snapshot
         broken_off = 0
         async with self._lock:
+            self._on_device.set()
             while self.held != snapshot.weights:
                 await self._wait_up()
                 try:
@@ -180,9 +192,13 @@ class Worker:
             ServerRefused: it will not.
         """
         async with self._lock:
-            if self._away:
+            if not self._on_device.is_set():
                 return
-            self._away, self.held = True, None
+            self._on_device.clear()
+            self.held = None
+            if not self._runs:
+                stopped(self)
+                return
             await self._wait_up()
             try:
                 self.client.pauses += 1  # one that no deadline ends
@@ -194,7 +210,6 @@ class Worker:
                 self._give_up(str(error))  # what is dead has left the device
 
     async def _wake(self) -> None:
-        self._away = False
         if self._asleep:
             await self.client.take_memory()
             self._asleep = False
