@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import msgspec
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError, LedgerCorrupt, UserError
 from async_rl.telemetry.exporters import check_exporters
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(options: argparse.Namespace) -> int:
     """Train a recipe on this machine, from the start or from where the run directory stands."""
     recipe = Path(options.recipe)
-    run = config.load(recipe, options.set)
+    run = recipes.load(recipe, options.set)
     make_tasks(find(run.environment), run.environment.options, run.seed)
     check_exporters(run)
     directory = RunDirectory(Path(options.run_dir or f"runs/{recipe.stem}"))
@@ -130,7 +130,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Examine this machine; with a recipe, whether it fits, and whether engine and learner agree on log-probs."""
     check = importlib.import_module("async_rl.doctor.check")
     examine = importlib.import_module("async_rl.doctor.examine").examine
-    run = config.load(Path(options.recipe), options.set) if options.recipe else None
+    run = recipes.load(Path(options.recipe), options.set) if options.recipe else None
     made: list[Any] = []
     for one in examine(run, Path(options.run_dir)):
         made.append(one)
@@ -165,7 +165,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     path = Path(options.config)
     try:
-        run = RunDirectory(path.parent).load_config() if path.name == "config.json" else config.load(path)
+        run = RunDirectory(path.parent).load_config() if path.name == "config.json" else recipes.load(path)
         service = importlib.import_module(f"async_rl.services.{options.role}")
         name = options.name or f"{options.role}-0"
         code = service.main(run, child.ServeOptions(Path(options.run_dir), name, options.connect), parent)

@@ -43,7 +43,7 @@ import zmq
 import zmq.asyncio
 from async_rl.launch.child import settle_heap
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.controller.controller import Controller
 from async_rl.ledger import inspection
 from async_rl.ledger.ledger import Ledger
@@ -89,7 +89,7 @@ WARM_UP_S = 2.0
 
 
 def recipe(steps: int) -> config.Run:
-    return config.from_table(
+    return recipes.from_table(
         {
             "steps": steps,
             "model": {"tiny": {"characters": "0123456789"}},

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.algorithms.reward_model import normalise_scores, pair_loss
 from async_rl.config import Optimizer
 from async_rl.environments.sorting import distance
@@ -131,7 +131,7 @@ def normalise(model: PackedScalar, answerer: Answerer) -> float:
 def make(directory: Path, *, steps: int, rate: float = 2e-3, seed: int = 1) -> float:
     """Train one and save it. Returns the share of unseen pairs that it orders as the environment would."""
     torch.set_num_threads(1)
-    run, ranks = config.load(RECIPE), Ranks.start(torch.device("cpu"))
+    run, ranks = recipes.load(RECIPE), Ranks.start(torch.device("cpu"))
     try:
         model = PackedScalar.load(run.model, seed=seed)
         for step, accuracy in enumerate(train(model, ranks, Answerer(run, seed), steps, rate), 1):

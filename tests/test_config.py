@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from async_rl import config
+from async_rl import config, recipes, tables
 from async_rl.errors import UserError
 
 SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
@@ -51,7 +51,7 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
 )
 def test_a_wrong_field_is_named(override: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.load(SORT, [override])
+        recipes.load(SORT, [override])
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
@@ -65,9 +65,9 @@ def test_a_wrong_field_is_named(override: str, says: str) -> None:
     ],
 )
 def test_what_does_not_fit_on_one_device_is_named(override: str, says: str) -> None:
-    assert config.load(SORT, ["placement=colocated"]).colocated and not config.load(SORT, [override]).colocated
+    assert recipes.load(SORT, ["placement=colocated"]).colocated and not recipes.load(SORT, [override]).colocated
     with pytest.raises(UserError) as caught:
-        config.load(SORT, ["placement=colocated", override])
+        recipes.load(SORT, ["placement=colocated", override])
     assert str(caught.value).startswith(says) and str(caught.value).endswith(", or placement = 'separate'")
 
 
@@ -75,14 +75,14 @@ def test_a_missing_model_directory_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('steps = 1\n[model]\npath = "/nowhere"\n[environment]\nname = "sorting"\n')
     with pytest.raises(UserError, match=r"model.path = '/nowhere': write the path of a model directory"):
-        config.load(recipe)
+        recipes.load(recipe)
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('[environment]\nname = "sorting"\n')
     with pytest.raises(UserError, match="missing required field 'steps'"):
-        config.load(recipe)
+        recipes.load(recipe)
 
 
 @pytest.mark.parametrize("text", ["steps = ", "= 3", "[a\n"])
@@ -90,15 +90,15 @@ def test_what_is_not_toml_is_named(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(text)
     with pytest.raises(UserError, match="is not TOML"):
-        config.load(recipe)
+        recipes.load(recipe)
     with pytest.raises(UserError, match="No such file"):
-        config.load(tmp_path / "missing.toml")
+        recipes.load(tmp_path / "missing.toml")
 
 
 def test_a_recipe_survives_being_written_down() -> None:
-    run = config.load(SORT, ["seed=7", "report_to=['tensorboard']"])
-    assert config.from_table(json.loads(config.dumps(run))) == run
-    assert config.differences(run, config.load(SORT, ["seed=8"])) == [
+    run = recipes.load(SORT, ["seed=7", "report_to=['tensorboard']"])
+    assert recipes.from_table(json.loads(tables.dumps(run))) == run
+    assert tables.differences(run, recipes.load(SORT, ["seed=8"])) == [
         "report_to: ['tensorboard'] -> []",
         "seed: 7 -> 8",
     ]
@@ -108,7 +108,7 @@ def test_a_module_path_is_relative_to_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("")
     recipe = tmp_path / "r.toml"
     recipe.write_text(SORT.read_text().replace('name = "sorting"', 'name = "mine"\nmodule = "mine.py"'))
-    assert config.load(recipe).environment.module == str(tmp_path / "mine.py")
+    assert recipes.load(recipe).environment.module == str(tmp_path / "mine.py")
 
 
 @given(st.integers(0, 9), st.one_of(st.none(), st.integers(0, 9)))

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.config import Run, TinyModel
 from async_rl.doctor import check as check_module
 from async_rl.doctor import machine
@@ -65,7 +65,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(recipe: Path, *overrides: str) -> Run:
-    return config.load(recipe, [*LONG, *overrides])
+    return recipes.load(recipe, [*LONG, *overrides])
 
 
 def cause(run: Run, fault: Fault | None = None, dtype: str | None = None) -> tuple[str, Observations]:
@@ -367,13 +367,13 @@ def test_ports() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        busy = machine.ports(config.load(SORT, [f"controller.admin_port={port}"]))
+        busy = machine.ports(recipes.load(SORT, [f"controller.admin_port={port}"]))
         assert [check.status for check in busy] == ["ok", "FAIL"] and f"controller.admin_port = {port}" in busy[
             1
         ].detail
-        before = machine.ports(config.load(SORT, [f"controller.port={port - 1}"]))
+        before = machine.ports(recipes.load(SORT, [f"controller.port={port - 1}"]))
         assert before[2].status == "FAIL", "the training stream takes the next port"
-    free = machine.ports(config.load(SORT, [f"controller.admin_port={port}"]))
+    free = machine.ports(recipes.load(SORT, [f"controller.admin_port={port}"]))
     assert [check.status for check in free] == ["ok", "ok"]
 
 
@@ -444,7 +444,7 @@ def test_without_a_recipe(tmp_path: Path) -> None:
 
 
 def test_with_a_recipe(tmp_path: Path) -> None:
-    found = checks(config.load(SORT), tmp_path)
+    found = checks(recipes.load(SORT), tmp_path)
     assert not [check for check in found.values() if check.status == "FAIL"]
     numerics = found["numerics"]
     assert numerics.data["cause"] == "none" and numerics.data["observations"]["gap"]["tokens"] > 500
@@ -483,12 +483,12 @@ def test_what_is_wrong_with_a_recipe(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     sets = [override, "environment.options.digits=15"] if name == "episodes" else [override]
-    found = checks(config.load(SORT, sets), tmp_path)
+    found = checks(recipes.load(SORT, sets), tmp_path)
     assert found[name].status == "FAIL" and says in found[name].detail
 
 
 def test_nothing_is_sampled(recipe: Path, tmp_path: Path) -> None:
-    run = config.load(SORT, ["environment.options.digits=15", "rollout.max_new_tokens=15"])
+    run = recipes.load(SORT, ["environment.options.digits=15", "rollout.max_new_tokens=15"])
     with pytest.raises(NothingSampled, match="a sequence holds at most 16 tokens"):
         observe(run, of_recipe(run, tmp_path))
     with pytest.raises(UserError, match="its weights cannot be loaded"):

@@ -17,6 +17,7 @@ TORCH_FREE = [
     "async_rl.batching.selection",
     "async_rl.cli",
     "async_rl.config",
+    "async_rl.recipes",
     "async_rl.controller.admin",
     "async_rl.controller.controller",
     "async_rl.engines.fake",

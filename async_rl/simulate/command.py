@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.config import Run
 from async_rl.errors import MissingExtra
 from async_rl.simulate.arms import ArmName
@@ -40,8 +40,8 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def load(recipe: Path, overrides: Sequence[str]) -> Run:
-    """Raises UserError as config.load does."""
-    return config.load(recipe, [*overrides, *NO_MODEL])
+    """Raises UserError as recipes.load does."""
+    return recipes.load(recipe, [*overrides, *NO_MODEL])
 
 
 def run(recipe: Path, overrides: Sequence[str], *, out: Path, as_json: bool, processes: int = PROCESSES) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from async_rl import config
+from async_rl import recipes, tables
 from async_rl.config import Checkpoint, Generator, Learner, Model, Optimizer
 from async_rl.errors import UserError
 
@@ -146,14 +146,14 @@ def load(path: Path, kind: Kind, overrides: typing.Sequence[str] = ()) -> StageR
     Raises:
         UserError: naming the field, the value and what to write instead.
     """
-    table = config.read_table(path, overrides, _resolve)
+    table = recipes.read_table(path, overrides, _resolve)
     if "stage" not in table:
         raise UserError(f"recipe {path}: it has no [stage] section; `async-rl train` runs a recipe of RL")
     named = table["stage"].get("kind") if isinstance(table["stage"], dict) else None
     if named in KINDS and named != kind:
         raise UserError(f"stage.kind = {named!r}: run it with `async-rl stage {named} {path}`")
     recipe = from_table(table)
-    config.check_model_directory("model", recipe.model.path)
+    recipes.check_model_directory("model", recipe.model.path)
     for section, key in PATHS[1:]:
         named = getattr(getattr(recipe, section), key)
         if named and not Path(named).exists():
@@ -163,7 +163,7 @@ def load(path: Path, kind: Kind, overrides: typing.Sequence[str] = ()) -> StageR
 
 def from_table(table: dict[str, Any]) -> StageRecipe:
     """A checked recipe from plain tables. Raises UserError as `load` does."""
-    recipe = config.convert(table, StageRecipe)
+    recipe = tables.convert(table, StageRecipe)
     for kind, section in SECTION.items():
         if section in table and kind != recipe.stage.kind and getattr(recipe, section) != _default(section):
             raise UserError(f"{section}: stage.kind = {recipe.stage.kind!r} does not read it; leave the section out")

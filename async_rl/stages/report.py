@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import msgspec
 
-from async_rl import config
+from async_rl import tables
 from async_rl.errors import MissingExtra, UserError
 from async_rl.stages.directory import Row, StageDirectory
 from async_rl.stages.recipe import Kind
@@ -59,7 +59,7 @@ def write_report(directory: StageDirectory) -> Report:
         "evaluations": [msgspec.to_builtins(row) for row in evaluations],
         "columns": [key for key in (evaluations[-1] if evaluations else {}) if key != "timestamp"],
         "summary": directory.files.load_summary() or {},
-        "recipe": config.dumps(recipe),
+        "recipe": tables.dumps(recipe),
         "missing": missing,
     }
     environment = jinja2.Environment(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from async_rl import config
+from async_rl import config, recipes, tables
 from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.models.loading import load_config
@@ -94,12 +94,12 @@ def _read_toml(recipe: Path) -> dict[str, Any]:
 def _with_weights(table: dict[str, Any], weights: Path, overrides: Sequence[str], folder: Path) -> config.Run:
     """The recipe with these weights as its model: the model it names need not be on this machine."""
     table["model"] = {}
-    config.resolve_paths(table, folder)
+    recipes.resolve_paths(table, folder)
     for override in overrides:
-        config.apply_override(table, override)
-    config.resolve_paths(table, Path())
+        tables.apply_override(table, override)
+    recipes.resolve_paths(table, Path())
     table["model"] = {"path": str(weights.absolute())}
-    return config.from_table(table)
+    return recipes.from_table(table)
 
 
 def _checkpoint(directory: RunDirectory, name: str | None) -> Path:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 import msgspec
 
-from async_rl import config
+from async_rl import config, tables
 from async_rl.config import Model, Run
 from async_rl.errors import LedgerCorrupt, MissingExtra, UserError
 from async_rl.ledger import inspection
@@ -99,7 +99,7 @@ def write_report(directory: RunDirectory) -> Report:
         "plots": [(plot, base64.b64encode(plot.png).decode()) for plot in drawn],
         "samples": _samples(directory, run, done, missing),
         "differences": _differences(run),
-        "recipe": config.dumps(run),
+        "recipe": tables.dumps(run),
         "failures": len(failures),
         "reasons": Counter(failure["reason"] for failure in failures).most_common(),
         "tracebacks": failures[:MAX_TRACEBACKS],
@@ -267,7 +267,7 @@ def _differences(run: Run) -> list[str]:
         model=Model(path=run.model.path, tiny=tiny),
         environment=config.Environment(name=run.environment.name),
     )
-    changed = config.differences(defaults, run)  # an empty table that was filled is named by what is in it
+    changed = tables.differences(defaults, run)  # an empty table that was filled is named by what is in it
     return [
         f"steps: {run.steps}",
         f"model: {_model(run.model)}",

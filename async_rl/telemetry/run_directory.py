@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import msgspec
 
-from async_rl import config
+from async_rl import recipes, tables
 from async_rl.config import Run
 from async_rl.errors import UserError
 from async_rl.telemetry.exporters import Exporter
@@ -72,7 +72,7 @@ class RunDirectory:
         """Raises UserError where nothing can be written."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, config.dumps(run))
+            write_atomically(self.config, tables.dumps(run))
         except OSError as error:
             raise UserError(
                 f"run directory {self.path}: cannot be written ({error.strerror}); choose another --run-dir"
@@ -80,7 +80,7 @@ class RunDirectory:
 
     def load_config(self) -> Run:
         try:
-            return config.from_table(json.loads(self.config.read_text()))
+            return recipes.from_table(json.loads(self.config.read_text()))
         except OSError as error:
             raise UserError(f"{self.path} is no run directory: {self.config.name}: {error.strerror}") from None
         except json.JSONDecodeError as error:
@@ -140,7 +140,7 @@ class RunDirectory:
 
 def refuse_another(path: Path, old: msgspec.Struct, new: msgspec.Struct) -> None:
     """Raises UserError naming what differs between the recipe a directory was started with and this one."""
-    changed = config.differences(old, new)
+    changed = tables.differences(old, new)
     if changed:
         raise UserError(
             f"run directory {path} holds a run with another recipe ({'; '.join(changed[:3])}): "

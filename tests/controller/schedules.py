@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from audit import AuditedStore, Rollout
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.controller.controller import Controller
 from async_rl.ledger import inspection
 from async_rl.ledger.ledger import Ledger
@@ -63,7 +63,7 @@ def recipe(**changes: Any) -> config.Run:
     }
     for section, values in changes.items():
         table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
-    return config.from_table(table)
+    return recipes.from_table(table)
 
 
 @dataclass(frozen=True)

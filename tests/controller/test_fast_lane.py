@@ -11,7 +11,7 @@ import pytest
 from audit import Rollout
 from schedules import Fault, Schedule, World, play, recipe
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.controller.generators import Generators, Peer
 from async_rl.engines.fake import FakeEngine
 from async_rl.ledger import inspection
@@ -155,7 +155,7 @@ def test_whatever_dies_during_a_move(virtual: Virtual, after_ms: int) -> None:
 @pytest.mark.parametrize("fast_lane", [True, False])
 def test_real_workers_hand_back_and_go_on(virtual: Virtual, fast_lane: bool) -> None:
     """The rollout worker and its episode host on fake engines, with no segments but those of moves."""
-    run = config.from_table(
+    run = recipes.from_table(
         {
             "steps": 8,
             "model": {"tiny": {"characters": "01"}},

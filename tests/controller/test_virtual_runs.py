@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.engines.fake import FakeEngine
 from async_rl.ledger import inspection
 from async_rl.simulate.cluster import Outcome, simulate
@@ -29,7 +29,7 @@ def recipe(**changes: Any) -> config.Run:
     }
     for section, values in changes.items():
         table[section] = {**table.get(section, {}), **values} if isinstance(values, dict) else values
-    return config.from_table(table)
+    return recipes.from_table(table)
 
 
 def go(virtual: Virtual, run: config.Run, *, step_time: float = 2.0, **engine: Any) -> Outcome:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.config import Learner as LearnerConfig
 from async_rl.config import Lora, Model, Optimizer, Run
 from async_rl.errors import UserError
@@ -94,9 +94,9 @@ def test_bad_recipes_are_named(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"learner\.lora\.targets: 'query' is no layer .* write some of down_proj, "):
         Learner(lora_run(targets=["query"]), tmp_path, ranks)
     with pytest.raises(UserError, match=r"learner\.lora\.rank = 0: write a number above 0"):
-        config.load(SORT, ["learner.lora={rank=0}"])
+        recipes.load(SORT, ["learner.lora={rank=0}"])
     with pytest.raises(UserError, match=r"reference\.refresh_steps = 3: a reference beside learner\.lora stays"):
-        config.load(SORT, ["learner.lora={rank=4}", "reference.refresh_steps=3"])
+        recipes.load(SORT, ["learner.lora={rank=4}", "reference.refresh_steps=3"])
 
 
 def one_rank(rank: int, directory: str, run: Run) -> Any:

@@ -12,7 +12,7 @@ import torch
 from learner_cases import message, ragged_rollouts, save_model, save_scalar, tiny_run
 from transformers import AutoModelForSequenceClassification
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.config import Algorithm, Critic, Model, RewardModel, Run, TinyModel
 from async_rl.errors import UserError
 from async_rl.learner.batch import flatten, pack
@@ -117,19 +117,19 @@ def test_what_cannot_be_is_refused(ranks: Ranks, tmp_path: Path, path: str) -> N
         return {"steps": 1, "model": {"tiny": tiny}, "environment": {"name": "sorting"}, **sections}
 
     with pytest.raises(UserError, match=r"critic\.init = 'reward_model': set reward_model\.path"):
-        config.from_table(table(critic={"init": "reward_model"}))
+        recipes.from_table(table(critic={"init": "reward_model"}))
     with pytest.raises(UserError, match=r"rollout\.filter = 'uniform': groups are filtered before a reward model"):
-        config.from_table(table(rollout={"filter": "uniform"}, reward_model={"path": path}))
+        recipes.from_table(table(rollout={"filter": "uniform"}, reward_model={"path": path}))
     with pytest.raises(UserError, match=r"critic\.optimizer\.learning_rate = -1\.0: write 0 or more"):
-        config.from_table(table(critic={"optimizer": {"learning_rate": -1.0}}))
+        recipes.from_table(table(critic={"optimizer": {"learning_rate": -1.0}}))
     with pytest.raises(UserError, match=r"critic\.lam = 1\.5: write a number from 0 to 1"):
-        config.from_table(table(critic={"lam": 1.5}))
+        recipes.from_table(table(critic={"lam": 1.5}))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         'steps = 1\nmodel.tiny.characters = "01="\nenvironment.name = "sorting"\nreference.path = "nowhere"\n'
     )
     with pytest.raises(UserError, match=r"reference\.path = .*nowhere': write the path of a model directory"):
-        config.load(recipe)
+        recipes.load(recipe)
 
 
 def test_a_causal_model_is_no_reward_model(ranks: Ranks, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from stage_cases import RECIPES, gradients, padded_logprobs, recipe_of, stage_of, weights, write
 from torch import Tensor
 
-from async_rl.config import Model
+from async_rl.config import Model, TinyModel
 from async_rl.errors import UserError
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Abandoned
@@ -174,7 +174,7 @@ def test_stopped_and_continued_is_as_never_stopped(ranks: Ranks, tmp_path: Path,
 
 
 def test_a_reference_of_another_vocabulary_is_refused(ranks: Ranks, tmp_path: Path, pairs: Path) -> None:
-    tiny = recipes.Model(tiny=recipes.config.TinyModel(characters="01"))
+    tiny = Model(tiny=TinyModel(characters="01"))
     build_model(tiny, seed=1).save_pretrained(tmp_path / "small")
     load_tokenizer(tiny).save_pretrained(tmp_path / "small")
     recipe = recipe_of("preference", pairs, preference={"reference_path": str(tmp_path / "small")})

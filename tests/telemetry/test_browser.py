@@ -18,7 +18,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.errors import UserError
 from async_rl.ledger.ledger import Keep, Ledger
 from async_rl.ledger.records import StepRecord
@@ -65,7 +65,7 @@ def rollout(member: int, text: str, spans: Spans, reward: float = 0.5) -> Rollou
 def make_run(path: Path, model: dict[str, Any], keep: Keep = "sample") -> RunDirectory:
     table = {"steps": 10, "model": model, "environment": {"name": "adding"}, "staleness": {"max_staleness": 2}}
     directory = RunDirectory(path)
-    directory.create(config.from_table({**table, "controller": {"keep_rollouts": keep}}))
+    directory.create(recipes.from_table({**table, "controller": {"keep_rollouts": keep}}))
     return directory
 
 

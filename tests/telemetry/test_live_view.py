@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.telemetry import live_view
 from async_rl.telemetry.live_view import ASCII, UNICODE, View, bar, glyphs, sparkline
 from async_rl.telemetry.run_directory import RunDirectory
@@ -34,7 +34,7 @@ TABLE: dict[str, Any] = {
     "environment": {"name": "sorting"},
     "rollout": {"groups_per_step": 8, "group_size": 4},
 }
-RUN = config.from_table(TABLE)
+RUN = recipes.from_table(TABLE)
 ROW: dict[str, Any] = {
     "reward": 0.79736328125,
     "entropy": 0.4620718746627559,
@@ -183,7 +183,7 @@ def test_tokens_over_the_bound_are_red_and_called_masked(tmp_path: Path) -> None
     ],
 )
 def test_every_lag_up_to_the_bound_has_a_place(tmp_path: Path, bound: int, labels: list[str]) -> None:
-    run = config.from_table({**TABLE, "staleness": {"max_staleness": bound}})
+    run = recipes.from_table({**TABLE, "staleness": {"max_staleness": bound}})
     view = a_view(tmp_path, run)
     tokens = {str(lag): 1 for lag in range(bound + 2)}
     view.watch("step", row(1, lag={"mean": 1, "p95": 2, "max": 2, "tokens": tokens}))
@@ -324,13 +324,13 @@ def test_examples_in_docstrings() -> None:
 PROGRAM = """
 import json, signal, sys
 from pathlib import Path
-from async_rl import config
+from async_rl import recipes
 from async_rl.telemetry.live_view import viewer
 from async_rl.telemetry.run_directory import RunDirectory
 
 table, row, summary, how = json.loads(sys.argv[1])
 try:
-    with viewer(config.from_table(table), RunDirectory(Path(sys.argv[2])), name="sort", plain=how == "plain") as watch:
+    with viewer(recipes.from_table(table), RunDirectory(Path(sys.argv[2])), name="sort", plain=how == "plain") as watch:
         watch("pulse", {"stage": "training", "done": 0, "total": 32, "ready": 0, "running": 32, "version": 0})
         watch("step", row)
         for i in range(3):

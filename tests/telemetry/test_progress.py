@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from async_rl import config
+from async_rl import config, recipes
 from async_rl.telemetry.progress import (
     CAUSES,
     QUIET_S,
@@ -21,7 +21,7 @@ from async_rl.telemetry.progress import (
 from async_rl.telemetry.usage import BUSY
 
 PACKAGE = Path(config.__file__).parent
-RUN = config.from_table(
+RUN = recipes.from_table(
     {
         "steps": 40,
         "model": {"tiny": {"characters": "0123456789="}},

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from async_rl import config
+from async_rl import recipes
 from async_rl.config import Run
 from async_rl.errors import UserError
 from async_rl.ledger.ledger import Ledger
@@ -40,7 +40,7 @@ HOSTILE = '</pre></td><script>alert("1")</script><img src=x onerror=alert(2)>&lt
 
 def recipe(**sections: Any) -> Run:
     model = {"tiny": {"characters": PRINTABLE, "max_length": 1024}}
-    return config.from_table({"steps": 8, "model": model, "environment": {"name": "sorting"}} | sections)
+    return recipes.from_table({"steps": 8, "model": model, "environment": {"name": "sorting"}} | sections)
 
 
 def row(step: int, **changed: Any) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Bounds of a recipe that types do not express; a UserError names the field, the value and what to write instead."""
+
+from __future__ import annotations
+
+from async_rl.config import Optimizer, Run, SGLang
+from async_rl.errors import UserError
+
+
+def check(run: Run) -> None:
+    """Raises UserError."""
+    _positive(run)
+    _not_negative(run)
+    _addresses(run)
+    _model(run)
+    _learner(run)
+    _rollouts(run)
+    _checkpoints(run)
+    _simulated(run)
+    _sglang(run)
+    if run.colocated:
+        _colocated(run)
+
+
+def demand(holds: bool, field: str, value: object, instead: str) -> None:
+    if not holds:
+        raise UserError(f"{field} = {value!r}: {instead}")
+
+
+def _positive(run: Run) -> None:
+    fields: list[tuple[str, float]] = [
+        ("steps", run.steps),
+        ("rollout.groups_per_step", run.rollout.groups_per_step),
+        ("rollout.group_size", run.rollout.group_size),
+        ("rollout.max_new_tokens", run.rollout.max_new_tokens),
+        ("generator.count", run.generator.count),
+        ("generator.slots", run.generator.slots),
+        ("learner.microbatch_tokens", run.learner.microbatch_tokens),
+        ("learner.ranks", run.learner.ranks),
+        ("checkpoint.every_steps", run.checkpoint.every_steps),
+        ("checkpoint.keep", run.checkpoint.keep),
+        ("environment.timeout_s", run.environment.timeout_s),
+        ("weights.timeout_s", run.weights.timeout_s),
+        ("weights.full_every", run.weights.full_every),
+        ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
+        ("controller.watchdog_s", run.controller.watchdog_s),
+        ("rollout.attempts", run.rollout.attempts),
+        ("critic.epochs", run.critic.epochs),
+        ("rollout.temperature", run.rollout.temperature),
+        ("simulate.generators", run.simulate.generators),
+        ("simulate.learners", run.simulate.learners),
+        ("simulate.learner_tokens_s", 1.0 if run.simulate.learner_tokens_s is None else run.simulate.learner_tokens_s),
+        (
+            "simulate.prefill_tokens_s",
+            1.0 if run.simulate.prefill_tokens_s is None else run.simulate.prefill_tokens_s,
+        ),
+        ("environment.failures_in_a_row", run.failures_in_a_row),
+        ("simulate.step_s", run.simulate.step_s),
+        ("simulate.mean_tokens", run.simulate.mean_tokens),
+        ("simulate.block_tokens", run.simulate.block_tokens),
+        ("simulate.measured_steps", run.simulate.measured_steps),
+        ("simulate.seeds", run.simulate.seeds),
+    ]
+    for field, value in fields:
+        demand(value > 0, field, value, "write a number above 0")
+
+
+def _not_negative(run: Run) -> None:
+    for field, value in [
+        ("seed", run.seed),
+        ("staleness.max_staleness", run.staleness.max_staleness),
+        ("staleness.depth", run.staleness.depth or 0),
+        ("rollout.segment_tokens", run.rollout.segment_tokens),
+        ("rollout.lease_tokens", run.rollout.lease_tokens),
+        *_numbers("optimizer", run.optimizer),
+        *_numbers("critic.optimizer", run.critic.optimizer),
+        ("critic.clip", run.critic.clip),
+        ("critic.coef", run.critic.coef),
+        ("reference.refresh_steps", run.reference.refresh_steps),
+        ("evaluation.tasks", run.evaluation.tasks),
+        ("evaluation.every_steps", run.evaluation.every_steps),
+        ("checkpoint.keep_best", run.checkpoint.keep_best),
+        ("generator.max_length", run.generator.max_length),
+        ("generator.queued_rollouts", run.generator.queued_rollouts or 0),
+        ("simulate.sequence_s", run.simulate.sequence_s),
+        ("simulate.pause_s", run.simulate.pause_s),
+        ("simulate.sigma", run.simulate.sigma),
+        ("simulate.warmup_steps", run.simulate.warmup_steps),
+    ]:
+        demand(value >= 0, field, value, "write 0 or more")
+
+
+def _numbers(prefix: str, optimizer: Optimizer) -> list[tuple[str, float]]:
+    """What may not be negative."""
+    fields = ("learning_rate", "clip_norm", "warmup_steps", "decay_steps", "final_rate")
+    return [(f"{prefix}.{field}", getattr(optimizer, field)) for field in fields]
+
+
+def _addresses(run: Run) -> None:
+    for field, value in [
+        ("controller.port", run.controller.port),
+        ("controller.admin_port", run.controller.admin_port),
+        ("weights.relay_port", run.weights.relay_port),
+    ]:
+        demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
+    relay = run.weights.relay_url
+    demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
+    demand(
+        run.controller.host in ("127.0.0.1", "localhost", "::1"),
+        "controller.host",
+        run.controller.host,
+        "only loopback for now: another address needs CURVE keys, which are not there yet",
+    )
+
+
+def _model(run: Run) -> None:
+    one_model = (run.model.path != "") != (run.model.tiny is not None)
+    demand(one_model, "model", "path and tiny" if run.model.path else "nothing", "set exactly one of path and tiny")
+    scored = bool(run.reward_model.path)
+    demand(
+        scored or run.critic.init == "policy", "critic.init", run.critic.init, "set reward_model.path, or write policy"
+    )
+    demand(
+        not scored or run.rollout.filter == "none",
+        "rollout.filter",
+        run.rollout.filter,
+        "groups are filtered before a reward model scores them: write none",
+    )
+    for field, value in [("critic.gamma", run.critic.gamma), ("critic.lam", run.critic.lam)]:
+        demand(0 <= value <= 1, field, value, "write a number from 0 to 1")
+
+
+def _learner(run: Run) -> None:
+    demand(
+        run.rollout.max_new_tokens < run.learner.microbatch_tokens,
+        "learner.microbatch_tokens",
+        run.learner.microbatch_tokens,
+        f"a rollout is trained whole: write more than rollout.max_new_tokens = {run.rollout.max_new_tokens} and the "
+        "longest prompt",
+    )
+    if run.learner.lora is not None:
+        lora, refresh = run.learner.lora, run.reference.refresh_steps
+        demand(lora.rank > 0, "learner.lora.rank", lora.rank, "write a number above 0")
+        demand(lora.alpha > 0, "learner.lora.alpha", lora.alpha, "write a number above 0")
+        demand(not refresh, "reference.refresh_steps", refresh, "a reference beside learner.lora stays: write 0")
+    demand(
+        run.optimizer.schedule == "constant" or not run.optimizer.decay_steps,
+        "optimizer.decay_steps",
+        run.optimizer.decay_steps,
+        f"a {run.optimizer.schedule} schedule decays all the time: write 0, or optimizer.schedule = 'constant'",
+    )
+
+
+def _rollouts(run: Run) -> None:
+    if run.rollout.filter == "uniform":
+        demand(run.rollout.group_size > 1, "rollout.filter", "uniform", "a group of one is always uniform: write none")
+    budget = run.staleness.mask_budget
+    demand(0 <= budget < 1, "staleness.mask_budget", budget, "write a share of the tokens, from 0 to below 1")
+
+
+def _checkpoints(run: Run) -> None:
+    if run.checkpoint.keep_best:
+        every, evaluated = run.checkpoint.every_steps, run.evaluation.every_steps
+        demand(run.evaluation.tasks > 0, "evaluation.tasks", 0, "checkpoint.keep_best needs them: write 1 or more")
+        demand(
+            evaluated > 0 and every % evaluated == 0,
+            "evaluation.every_steps",
+            evaluated,
+            f"checkpoint.keep_best needs an evaluation of every checkpoint: write {every} or a divisor of it",
+        )
+
+
+def _simulated(run: Run) -> None:
+    made_up = run.simulate
+    demand(made_up.cap >= 1, "simulate.cap", made_up.cap, "write the longest rollout in means, 1 or more")
+    demand(0 <= made_up.between <= 1, "simulate.between", made_up.between, "write a share of the variance, from 0 to 1")
+    demand(
+        made_up.concurrent >= made_up.generators,
+        "simulate.concurrent",
+        made_up.concurrent,
+        f"write at least one slot for each of the {made_up.generators} generators",
+    )
+
+
+def _sglang(run: Run) -> None:
+    server, engine, count = run.generator.sglang, run.generator.engine, run.generator.count
+    if engine == "embedded":
+        in_flight = run.weights.in_flight
+        demand(in_flight in ("auto", "keep"), "weights.in_flight", in_flight, "write keep, or engine = sglang")
+        demand(server == SGLang(), "generator.sglang", "...", "write generator.engine = 'sglang', or leave it out")
+        return
+    urls = [("generator.sglang.attach", url) for url in server.attach]
+    urls += [("generator.sglang.router", server.router)] if server.router else []
+    for field, url in urls:
+        demand(url.startswith(("http://", "https://")), field, url, "write a URL, such as http://10.0.0.5:30000")
+    if server.attach:
+        enough = len(set(server.attach)) == len(server.attach) >= count
+        demand(enough, "generator.sglang.attach", server.attach, f"write different URLs, at least {count}")
+    if server.router:
+        one = bool(server.attach) and count == 1
+        demand(one, "generator.sglang.router", server.router, "write generator.count = 1, and its servers in attach")
+    demand(server.stream_tokens > 0, "generator.sglang.stream_tokens", server.stream_tokens, "write a number above 0")
+    for field in ("pause_s", "start_s", "stuck_s"):
+        value = getattr(server, field)
+        demand(value > 0, f"generator.sglang.{field}", value, "write seconds, above 0")
+
+
+def _colocated(run: Run) -> None:
+    """One device, one process at a time on it."""
+    reason = "with placement = 'colocated' one generator and one learner rank share a device: write"
+    for field, value, allowed in [
+        ("weights.transport", run.weights.transport.replace("auto", "shared_memory"), "shared_memory"),
+        ("generator.sglang.backend", run.generator.sglang.backend, "gloo"),
+        ("generator.count", run.generator.count, 1),
+        ("learner.ranks", run.learner.ranks, 1),
+        ("generator.device", run.generator.device, run.learner.device),
+    ]:
+        instead = f"{reason} {allowed}" + (", as learner.device" if field == "generator.device" else "")
+        demand(value == allowed, field, value, f"{instead}, or placement = 'separate'")
