@@ -2,7 +2,7 @@
 
     python bench/engine_cuda.py [--quick] [--write]      bench/results/engine_cuda.json
 
-decode     tokens/s at batch 1, 64, 256 (prompt 128, 256 new tokens), by way of computing steps (make_steps); its
+decode     tokens/s at batch 1, 8, 64, 256 (prompt 128, 256 new tokens), by way of computing steps (make_steps); its
            share of the bandwidth limit: bytes of weights and KV that a step has to read, over what a large copy on the
            same device moves (read + written). The second of two equal runs: the first one compiles and records.
 same       tokens and log-probs beside eager steps and the learner's packed recompute, in float32 and bf16, sampled and
@@ -47,10 +47,9 @@ SHAPE = {
     "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True,
 }  # fmt: skip
-BATCHES = (1, 64, 256)
+BATCHES = (1, 8, 64, 256)
 KINDS = {
-    "static": None, "eager": None, "fused": {}, "fused_early": {"early": True},
-    "fused_cublas": {"early": True, "few_rows": 1}, "fused_always": {"early": True, "few_rows": 1024},
+    "static": None, "eager": None, "fused": {}, "fused_cublas": {"few_rows": 0},
 }  # fmt: skip
 """Ways of computing steps (engines.make_steps); what is set of engines.fused."""
 PROMPT, NEW = 128, 256
@@ -134,8 +133,8 @@ def decode(model: Any, speed: float, kinds: Sequence[str], new: int) -> list[dic
     rows: list[dict[str, Any]] = []
     for kind in kinds:  # a kernel that breaks the CUDA context spoils what comes after it: ours come last
         for batch in BATCHES:
-            if (batch == 1 and kind in ("fused_cublas", "fused_always")) or (batch > 64 and kind == "fused_early"):
-                continue  # the same as another
+            if batch > 64 and kind == "fused_cublas":
+                continue  # the same as fused
             row: dict[str, Any] = {"batch": batch, "steps": kind}
             rows.append(row)
             try:
@@ -352,17 +351,6 @@ def said(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-1500:]
 
 
-def attempt(found: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
-    started = time.perf_counter()
-    try:
-        found[name] = work()
-    except Exception as error:
-        found[name] = {"error": said(error)}
-        print(f"{name} FAILED\n{found[name]['error']}", flush=True)
-    torch.cuda.empty_cache()
-    print(f"--- {name}: {time.perf_counter() - started:.1f} s", flush=True)
-
-
 def commit() -> str:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return os.environ.get("COMMIT") or git.stdout.strip()
@@ -389,19 +377,30 @@ def main() -> None:
     found["copy_gb_per_s"] = round(speed / 1e9)
     print(found, flush=True)
     compared = ["eager", *(kind for kind in options.kinds if kind != "eager")]
-    attempt(found, "decode", lambda: decode(model, speed, options.kinds, new))
-    attempt(found, "same", lambda: same(model, other, compared))
-    for batch in BATCHES[:2]:
-        for kind in [kind for kind in ("fused_early", "static") if kind in options.kinds]:
-            attempt(found, f"kernels_{kind}_{batch}", lambda batch=batch, kind=kind: kernels(model, batch, kind))
+    paths = [*([RESULT] if options.write else []), *([options.out] if options.out else [])]
+
+    def attempt(name: str, work: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        try:
+            found[name] = work()
+        except Exception as error:
+            found[name] = {"error": said(error)}
+            print(f"{name} FAILED\n{found[name]['error']}", flush=True)
+        torch.cuda.empty_cache()
+        print(f"--- {name}: {time.perf_counter() - started:.1f} s", flush=True)
+        for path in paths:  # what is there, should the next one never end
+            path.write_text(json.dumps(found, indent=2) + "\n")
+
+    attempt("decode", lambda: decode(model, speed, options.kinds, new))
+    attempt("same", lambda: same(model, other, compared))
+    for batch in (1, 64):
+        for kind in [kind for kind in ("fused", "static") if kind in options.kinds]:
+            attempt(f"kernels_{kind}_{batch}", lambda batch=batch, kind=kind: kernels(model, batch, kind))
             print("\n".join(found[f"kernels_{kind}_{batch}"]), flush=True)
-    attempt(found, "engine", lambda: asyncio.run(engine(model)))
+    attempt("engine", lambda: asyncio.run(engine(model)))
     print(json.dumps(found["engine"], indent=1), flush=True)
     if not options.quick:
-        attempt(found, "transformers", lambda: generate(model, 64, 64))
-    text = json.dumps(found, indent=2) + "\n"
-    for path in [*([RESULT] if options.write else []), *([options.out] if options.out else [])]:
-        path.write_text(text)
+        attempt("transformers", lambda: generate(model, 64, 64))
 
 
 if __name__ == "__main__":

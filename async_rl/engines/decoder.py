@@ -71,8 +71,7 @@ class DecoderWeights:
                 yield product.bias
 
     def copy_(self, other: DecoderWeights) -> None:
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(theirs)
+        torch._foreach_copy_(list(self.tensors()), list(other.tensors()))  # few launches on a GPU
 
 
 class Decoder:

@@ -1,7 +1,7 @@
-"""A decode step of few launches: what `engines.decoding.decode` computes, by kernels that read every weight once.
+"""A decode step of few launches: what `engines.decoding.decode` computes, by kernels of our own.
 
-Up to `FEW_ROWS` rows a layer is five launches: norm and q, k, v; attention; its output; norm, gate, up and their
-product; down. More rows keep the matrix units busy, and cuBLAS knows better; attention and drawing stay.
+Up to `FEW_ROWS` rows, all layers are one launch (kernels.layers). More rows keep the matrix units busy, and cuBLAS
+knows better; attention and drawing stay.
 
 N rows: slots [0, N).
 """
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from async_rl.engines.decoder import Decoder, DecoderWeights, Layer
-from async_rl.engines.kernels.attention import attend, combine
+from async_rl.engines.kernels.attention import attend
 from async_rl.engines.kernels.drawing import draw
-from async_rl.engines.kernels.project import project
+from async_rl.engines.kernels.layers import Layers, Table
 from async_rl.engines.kv_cache import KVCache
-from async_rl.engines.linear import Linear
 from async_rl.engines.slots import POSITION, TOKEN, Slots
 
 FEW_ROWS = 64
@@ -30,75 +29,47 @@ class Fused:
     def __init__(self, decoder: Decoder, cache: KVCache, slots: Slots) -> None:
         self._decoder, self._cache, self._slots = decoder, cache, slots
         self.few_rows = FEW_ROWS
-        self.early = False
-        """See kernels.project."""
+        self.layers = Layers(decoder, decoder.device)
+        self._table: Table | None = None
+
+    def settle(self, weights: DecoderWeights) -> None:
+        """To be called, outside a recording, when the weights are in other tensors than before."""
+        self._table = Table(weights)
 
     def __call__(self, weights: DecoderWeights, rows: int, length: int, count: torch.Tensor, due: torch.Tensor) -> None:
         """Advance slots [0, rows), of which the first `count` [1] are in use, by one token; set their flags in `due`.
 
         length: a bound of every sequence, for the choice of a shape.
         """
-        x_NC = F.embedding(self._slots.state[TOKEN, :rows], weights.embedding)
+        assert self._table is not None, "settle comes first"
         splits = self._splits(rows, length)
-        for i, layer in enumerate(weights.layers):
-            self._attend(x_NC, layer, i, splits, count)
-            self._feed_forward(x_NC, layer)
-        logits_NV = x_NC.new_empty((rows, self._decoder.vocabulary))
-        self._project(x_NC, weights.head, logits_NV, norm=weights.norm)
-        draw(self._slots, logits_NV, count, due, early=self.early)
+        rotations = torch.view_as_real(self._slots.rotations)
+        tokens_N, positions = self._slots.state[TOKEN, :rows], self._slots.state[POSITION]
+        if rows <= self.few_rows:
+            x_NC = self.layers(
+                self._table, weights.embedding, tokens_N, splits, rotations, positions, count, self._cache.store
+            ).to(weights.norm.dtype)
+        else:
+            x_NC = F.embedding(tokens_N, weights.embedding)
+            for i, layer in enumerate(weights.layers):
+                self._attend(x_NC, layer, i, splits, rotations, positions, count)
+                h_NC = F.rms_norm(x_NC, layer.mlp_norm.shape, layer.mlp_norm, self._decoder.eps)
+                gate, up = layer.gate_up(h_NC).chunk(2, dim=-1)
+                x_NC += layer.down(F.silu(gate).mul_(up))
+        logits_NV = weights.head(F.rms_norm(x_NC, weights.norm.shape, weights.norm, self._decoder.eps))
+        draw(self._slots, logits_NV, count, due)
 
     def _splits(self, rows: int, length: int) -> int:
         wanted = min(PROGRAMS // (rows * self._decoder.kv_heads), length // LEAST_KEYS, 8 if rows == 1 else 32)
         return 1 << max(wanted, 1).bit_length() - 1
 
-    def _attend(self, x_NC: torch.Tensor, layer: Layer, index: int, splits: int, count: torch.Tensor) -> None:
-        rows = len(x_NC)
-        qkv = x_NC.new_empty((rows, layer.qkv.weight.shape[0]))
-        self._project(x_NC, layer.qkv, qkv, norm=layer.norm)
-        rotations = torch.view_as_real(self._slots.rotations)
-        positions = self._slots.state[POSITION]
-        attended, mass = attend(
+    def _attend(
+        self, x_NC: torch.Tensor, layer: Layer, index: int, splits: int, rotations: torch.Tensor,
+        positions: torch.Tensor, count: torch.Tensor,
+    ) -> None:  # fmt: skip
+        qkv = layer.qkv(F.rms_norm(x_NC, layer.norm.shape, layer.norm, self._decoder.eps))
+        attended = attend(
             qkv, layer.qk_norm, self._decoder.eps, rotations, positions, count, self._cache.layer(index),
-            heads=self._decoder.heads, splits=splits, early=self.early,
+            heads=self._decoder.heads, splits=splits,
         )  # fmt: skip
-        weighting = None
-        if splits > 1 and rows == 1 and self.few_rows:
-            weighting = mass
-        elif splits > 1:
-            attended = combine(attended, mass, x_NC.dtype, early=self.early)
-        self._project(attended, layer.out, x_NC, residual=True, weighting=weighting)
-
-    def _feed_forward(self, x_NC: torch.Tensor, layer: Layer) -> None:
-        inner = x_NC.new_empty((len(x_NC), layer.down.weight.shape[1]))
-        self._project(x_NC, layer.gate_up, inner, norm=layer.mlp_norm, gated=True)
-        self._project(inner, layer.down, x_NC, residual=True)
-
-    def _project(
-        self,
-        x: torch.Tensor,
-        product: Linear,
-        y_NM: torch.Tensor,
-        *,
-        norm: torch.Tensor | None = None,
-        gated: bool = False,
-        residual: bool = False,
-        weighting: torch.Tensor | None = None,
-    ) -> None:
-        """See kernels.project."""
-        eps = self._decoder.eps
-        if len(y_NM) <= self.few_rows:
-            project(
-                x, product.weight, product.bias, y_NM,
-                norm=norm, eps=eps, gated=gated, residual=residual, weighting=weighting, early=self.early,
-            )  # fmt: skip
-            return
-        if norm is not None:
-            x = F.rms_norm(x, norm.shape, norm, eps)
-        result = product(x)
-        if gated:
-            gate, up = result.chunk(2, dim=-1)
-            torch.mul(F.silu(gate), up, out=y_NM)
-        elif residual:
-            y_NM += result
-        else:
-            y_NM.copy_(result)
+        x_NC += layer.out(attended)

@@ -41,6 +41,11 @@ class KVCache:
         """Changes when `reserve` moves the store."""
         return self._store.data_ptr()
 
+    @property
+    def store(self) -> torch.Tensor:
+        """[layers, slots, length, 2K, D]; no copy."""
+        return self._store
+
     def layer(self, index: int) -> torch.Tensor:
         """[slots, length, 2K, D] of one layer; no copy."""
         return self._store[index]

@@ -109,6 +109,8 @@ class StaticSteps:
         if addresses != self._addresses:
             self._recorder.clear()
             self._addresses = addresses
+            if self._fused is not None:
+                self._fused.settle(weights)
         return self._due, self._count
 
 

@@ -48,12 +48,14 @@ def test_equals_eager_steps(name: str, rows: int) -> None:
         assert np.abs(fused[one.id].logprobs - eager[one.id].logprobs).max() < 5e-5
 
 
-@pytest.mark.parametrize("vocabulary", [2048, 2900])
-def test_a_vocabulary_of_several_blocks(vocabulary: int) -> None:
+@pytest.mark.parametrize("vocabulary", [4096, 4900])
+def test_a_vocabulary_and_an_intermediate_size_of_several_blocks(vocabulary: int) -> None:
     config = configs()["qwen2"]
     config.vocab_size, config.hidden_size, config.head_dim = vocabulary, 64, 16
+    config.intermediate_size = vocabulary // 4
     model = make_model(config)
     requests = [request(i, (1, 2, 3 + i), 4, temperature=0.0 if i == 2 else 1.0) for i in range(3)]
+    requests[0] = request(0, (1, 2, 3), 6)  # alone at the end
     eager, fused = (run(make_batcher(model, slots=3, steps=kind), requests) for kind in ("eager", "fused"))
     for one in requests:
         assert fused[one.id].tokens.tolist() == eager[one.id].tokens.tolist()

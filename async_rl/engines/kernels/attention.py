@@ -2,7 +2,7 @@
 v are part of it. Lengths are read on the device, so that a recording serves all of them.
 
 The keys of a row can be split among programs (FlashDecoding, https://pytorch.org/blog/flash-decoding/), each of which
-returns its share and the logarithm of its mass.
+returns its share and the logarithm of its mass (as often as the share has elements).
 
 N rows: slots [0, N). H heads, K key-value heads, G = H / K, D head size, S splits.
 """
@@ -12,98 +12,154 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _rotated(places, norm, re_im, inside, eps, NORM: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):
-    """Pairs next to each other, normed and turned: [rows, D]. `places`, `norm`: of the first of each pair."""
-    re = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    im = tl.load(places + 1, mask=inside, other=0.0).to(tl.float32)
+def _new(parts, row, place, inside, stride, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Elements of a row's q, k or v in float32: the sum of their parts."""
+    places = parts + row * WIDTH + place
+    total = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, PARTS):
+        total += tl.load(places + s * stride, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _biased(sums, bias, place, inside, rms, BIAS: tl.constexpr):
+    sums *= rms
+    if BIAS:
+        sums += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def _turned(re, im, norm, re_im, inside, eps, NORM: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):
+    """Pairs next to each other, normed and turned: [rows, D]. `norm`: of the first of each pair."""
     if NORM:
-        rms = tl.rsqrt((tl.sum(re * re, 1) + tl.sum(im * im, 1)) / D + eps)[:, None]
-        re = re * rms * tl.load(norm, mask=inside, other=0.0).to(tl.float32)
-        im = im * rms * tl.load(norm + 1, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt((tl.sum(re * re, 1) + tl.sum(im * im, 1)) / D + eps)[:, None]
+        re = re * scale * tl.load(norm, mask=inside, other=0.0).to(tl.float32)
+        im = im * scale * tl.load(norm + 1, mask=inside, other=0.0).to(tl.float32)
     pair = 2 * tl.arange(0, D // 2)[None, :]
     cos, sin = tl.load(re_im + pair), tl.load(re_im + pair + 1)
     return tl.interleave(re * cos - im * sin, re * sin + im * cos).to(dtype)
 
 
 @triton.jit
-def _attend(
-    qkv, norm, rotations, positions, count, cache, out, mass, N, length, scale, eps,
-    NORM: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+def keys_of(split, position, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The part of the old keys that a split attends to: from, to."""
+    share = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
+    return split * share, tl.minimum((split + 1) * share, position)
+
+
+@triton.jit
+def load_block(slot, head, start, last, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of old keys and values."""
+    at = start + tl.arange(0, BLOCK)
+    known = (at < last)[:, None]
+    places = slot + at[:, None] * 2 * K * D + head * D + tl.arange(0, D)[None, :]
+    return tl.load(places, mask=known, other=0.0), tl.load(places + K * D, mask=known, other=0.0)
+
+
+@triton.jit
+def attend_unit(
+    k, v, parts, x, bias, norm, rotations, slot, out, mass, row, head, split, position, N, scale, eps,
+    PARTS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    dtype: tl.constexpr = cache.dtype.element_ty
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    position = tl.load(positions + row, mask=row < tl.load(count), other=0)
+    """One row, key-value head and split. k, v: the first block of its old keys. C > 0: sums of parts are to be divided
+    by the RMS of x, [N, C]."""
+    WIDTH: tl.constexpr = (H + 2 * K) * D
+    dtype: tl.constexpr = slot.dtype.element_ty
+    stride = N * WIDTH
     d = tl.arange(0, D)
     g = tl.arange(0, G_PAD)
-    inside_g = g < G
-    new = qkv + row * (H + 2 * K) * D
+    inside_g = (g < G)[:, None]
     pair = 2 * tl.arange(0, D // 2)
     re_im = rotations + position * D
+    one = tl.arange(0, 1)[:, None]
+    first_split = one == split
     q_place = (head * G + g)[:, None] * D + pair[None, :]
-    q = _rotated(new + q_place, norm + q_place, re_im, inside_g[:, None], eps, NORM, D, dtype)
-    slot = cache + row.to(tl.int64) * length * 2 * K * D
+    k_place = (H + head + one) * D + pair[None, :]
+    v_place = (H + K + head + one) * D + d[None, :]
+    q_re = _new(parts, row, q_place, inside_g, stride, WIDTH, PARTS)
+    q_im = _new(parts, row, q_place + 1, inside_g, stride, WIDTH, PARTS)
+    k_re = _new(parts, row, k_place, first_split, stride, WIDTH, PARTS)
+    k_im = _new(parts, row, k_place + 1, first_split, stride, WIDTH, PARTS)
+    v_new = _new(parts, row, v_place, first_split, stride, WIDTH, PARTS)
+    rms = 1.0
+    if C > 0:
+        c = tl.arange(0, C_PAD)
+        hidden = tl.load(x + row * C + c, mask=c < C, other=0.0)
+        rms = tl.rsqrt(tl.sum(hidden * hidden, 0) / C + eps)
+    q_re = _biased(q_re, bias, q_place, inside_g, rms, BIAS)
+    q_im = _biased(q_im, bias, q_place + 1, inside_g, rms, BIAS)
+    q = _turned(q_re, q_im, norm + q_place, re_im, inside_g, eps, NORM, D, dtype)
     highest = tl.full((G_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD,), tl.float32)
     attended = tl.zeros((G_PAD, D), tl.float32)
     if split == 0:
         # The new key and value go from here to the cache, and need not be read back.
-        one = tl.arange(0, 1)[:, None]
-        k_place = (H + head + one) * D + pair[None, :]
-        k_new = _rotated(new + k_place, norm + k_place, re_im, one == 0, eps, NORM, D, dtype)
-        v_new = tl.load(new + (H + K + head + one) * D + d[None, :])
+        k_re = _biased(k_re, bias, k_place, first_split, rms, BIAS)
+        k_im = _biased(k_im, bias, k_place + 1, first_split, rms, BIAS)
+        k_new = _turned(k_re, k_im, norm + k_place, re_im, first_split, eps, NORM, D, dtype)
+        v_last = _biased(v_new, bias, v_place, first_split, rms, BIAS).to(dtype)
         here = slot + position * 2 * K * D
         tl.store(here + (head + one) * D + d[None, :], k_new)
-        tl.store(here + (K + head + one) * D + d[None, :], v_new)
+        tl.store(here + (K + head + one) * D + d[None, :], v_last)
         highest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
         total = tl.full((G_PAD,), 1.0, tl.float32)
-        attended += v_new.to(tl.float32)
-    share = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    first = split * share
-    last = tl.minimum(first + share, position)
+        attended += v_last.to(tl.float32)
+    first, last = keys_of(split, position, SPLITS, BLOCK)
     for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        known = at < last
-        places = slot + at[:, None] * 2 * K * D + head * D + d[None, :]
-        k = tl.load(places, mask=known[:, None], other=0.0)
-        v = tl.load(places + K * D, mask=known[:, None], other=0.0)
+        k_next, v_next = load_block(slot, head, start + BLOCK, last, K, D, BLOCK)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where(known[None, :], score, float("-inf"))
+        score = tl.where((start + tl.arange(0, BLOCK) < last)[None, :], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         fade = tl.exp(highest - higher)
         p = tl.exp(score - higher[:, None])
         total = total * fade + tl.sum(p, 1)
         attended = attended * fade[:, None] + tl.dot(p.to(dtype), v, input_precision="ieee")
         highest = higher
+        k = k_next
+        v = v_next
     heads = (split * N + row) * H + head * G + g
     empty = total == 0  # a split without keys
     total = tl.where(empty, 1.0, total)
     attended = attended / total[:, None]
     places = out + heads[:, None] * D + d[None, :]
-    tl.store(places, attended.to(out.dtype.element_ty), mask=inside_g[:, None])
+    tl.store(places, attended.to(out.dtype.element_ty), mask=inside_g)
     if SPLITS > 1:
-        tl.store(mass + heads, tl.where(empty, float("-inf"), highest + tl.log(total)), mask=inside_g)
+        log = tl.where(empty, float("-inf"), highest + tl.log(total))[:, None]
+        tl.store(mass + heads[:, None] * D + d[None, :], tl.broadcast_to(log, (G_PAD, D)), mask=inside_g)
 
 
 @triton.jit
-def _combine(shares, mass, out, N, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
+def _attend(
+    qkv, norm, rotations, positions, count, cache, out, mass, N, length, scale, eps,
+    NORM: tl.constexpr, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + row, mask=row < tl.load(count), other=0)
+    slot = cache + row.to(tl.int64) * length * 2 * K * D
+    first, last = keys_of(split, position, SPLITS, BLOCK)
+    k, v = load_block(slot, head, first, last, K, D, BLOCK)
+    attend_unit(
+        k, v, qkv, qkv, qkv, norm, rotations, slot, out, mass, row, head, split, position, N, scale, eps,
+        1, 0, 1, False, NORM, H, K, G, G_PAD, D, SPLITS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine(shares, mass, out, N, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
     row, head = tl.program_id(0), tl.program_id(1)
     s, d = tl.arange(0, SPLITS), tl.arange(0, D)
     heads = (s * N + row) * H + head
-    logs = tl.load(mass + heads)
-    weight = tl.exp(logs - tl.max(logs, 0))
-    parts = tl.load(shares + heads[:, None] * D + d[None, :])
-    attended = tl.sum(weight[:, None] * parts, 0) / tl.sum(weight, 0)
+    places = heads[:, None] * D + d[None, :]
+    logs, parts = tl.load(mass + places), tl.load(shares + places)
+    weight = tl.exp(logs - tl.max(logs, 0)[None, :])
+    attended = tl.sum(weight * parts, 0) / tl.sum(weight, 0)
     tl.store(out + (row * H + head) * D + d, attended.to(out.dtype.element_ty))
 
 
@@ -118,35 +174,24 @@ def attend(
     *,
     heads: int,
     splits: int,
-    early: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the new keys and values, and attend. `splits` is a power of two; early: see kernels.project.
+) -> torch.Tensor:
+    """Write the new keys and values, and attend: [N, H * D]. `splits` is a power of two.
 
     qkv: [N, (H + 2K) * D]; qk_norm: [H + K, D]; rotations: [positions, D/2, 2] float32; cache: [slots, length, 2K, D]
     of one layer; positions: int64, of the new token; rows from `count` [1] on count as at position 0.
-    Returns what was attended to, [N, H * D], and nothing; or shares [S, N, H * D] float32 and their log-sums [S, N, H].
     """
     (rows, _), (_, length, kv_heads2, head_size) = qkv.shape, cache.shape
-    kv_heads = kv_heads2 // 2
-    out_dtype = qkv.dtype if splits == 1 else torch.float32
-    out = torch.empty((splits, rows, heads * head_size), dtype=out_dtype, device=qkv.device)
-    mass = torch.empty((splits, rows, heads), dtype=torch.float32, device=qkv.device)
-    group = heads // kv_heads
+    kv_heads, group = kv_heads2 // 2, heads // (kv_heads2 // 2)
+    out = torch.empty((rows, heads * head_size), dtype=qkv.dtype, device=qkv.device)
+    shares = out
+    mass = out
+    if splits > 1:
+        shares, mass = torch.empty((2, splits, *out.shape), dtype=torch.float32, device=qkv.device)
     _attend[(rows, kv_heads, splits)](
-        qkv, qkv if qk_norm is None else qk_norm, rotations, positions, count, cache, out, mass, rows, length,
+        qkv, qkv if qk_norm is None else qk_norm, rotations, positions, count, cache, shares, mass, rows, length,
         head_size**-0.5, eps, NORM=qk_norm is not None, H=heads, K=kv_heads, G=group,
-        G_PAD=max(16, triton.next_power_of_2(group)), D=head_size, SPLITS=splits, BLOCK=64, EARLY=early, num_warps=4,
-        num_stages=2, **({"launch_pdl": True} if early else {}),
+        G_PAD=max(16, triton.next_power_of_2(group)), D=head_size, SPLITS=splits, BLOCK=64, num_warps=4,
     )  # fmt: skip
-    return (out[0], mass) if splits == 1 else (out, mass)
-
-
-def combine(shares: torch.Tensor, mass: torch.Tensor, dtype: torch.dtype, *, early: bool = False) -> torch.Tensor:
-    """[S, N, H * D] and [S, N, H] -> [N, H * D]."""
-    splits, rows, heads = mass.shape
-    out = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    _combine[(rows, heads)](
-        shares, mass, out, rows, H=heads, D=shares.shape[2] // heads, SPLITS=splits, EARLY=early, num_warps=1,
-        **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    if splits > 1:
+        _combine[(rows, heads)](shares, mass, out, rows, H=heads, D=head_size, SPLITS=splits, num_warps=1)
     return out

@@ -9,20 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from async_rl.engines import sampling
 from async_rl.engines.slots import DUE, KEY, OFFSET, POSITION, STOPS, TOKEN, Slots
 
-BLOCK = 1024
+BLOCK = 2048
 
 
 @triton.jit
-def _sum_blocks(logits, temperatures, highest, sums, best, V, blocks, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _sum_blocks(logits, temperatures, highest, sums, best, V, blocks, BLOCK: tl.constexpr):
     """Largest logit of a block, the sum of exp(logit - largest), and where the largest is."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     row, block = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -48,10 +44,8 @@ def _draw(
     logits, temperatures, greedy, highest, sums, best, state, count, tokens, logprobs, due, V, blocks, slots, stride,
     stops, GOLDEN: tl.constexpr, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr, TOKEN: tl.constexpr,
     POSITION: tl.constexpr, KEY: tl.constexpr, OFFSET: tl.constexpr, DUE: tl.constexpr, STOPS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS_PAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS_PAD: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        gdc_wait()
     row = tl.program_id(0)
     active = row < tl.load(count)
     position = tl.load(state + POSITION * slots + row, mask=active, other=0) + 1
@@ -93,22 +87,21 @@ def _draw(
     tl.store(due + row, looked_at.to(tl.int8))
 
 
-def draw(slots: Slots, logits_NV: torch.Tensor, count: torch.Tensor, due: torch.Tensor, *, early: bool = False) -> None:
+def draw(slots: Slots, logits_NV: torch.Tensor, count: torch.Tensor, due: torch.Tensor) -> None:
     """Draw the next token of every slot and advance it; set its flag in `due`, bool [N or more]. Slots from `count` [1]
-    on stay as they are. early: see kernels.project."""
-    options = {"EARLY": early, "num_warps": 4} | ({"launch_pdl": True} if early else {})
+    on stay as they are."""
     rows, vocabulary = logits_NV.shape
     blocks = triton.cdiv(vocabulary, BLOCK)
     highest, sums = torch.empty((2, rows, blocks), dtype=torch.float32, device=logits_NV.device)
     best = torch.empty((rows, blocks), dtype=torch.int32, device=logits_NV.device)
     temperatures = slots.temperature
     _sum_blocks[(rows, blocks)](
-        logits_NV, temperatures, highest, sums, best, vocabulary, blocks, BLOCK=BLOCK, **options
+        logits_NV, temperatures, highest, sums, best, vocabulary, blocks, BLOCK=BLOCK, num_warps=4
     )
     _draw[(rows,)](
         logits_NV, temperatures, slots.greedy.view(torch.int8), highest, sums, best, slots.state, count, slots.tokens,
         slots.logprobs, due.view(torch.int8), vocabulary, blocks, slots.count, slots.stride, slots.stops,
         GOLDEN=sampling.GOLDEN, MULTIPLY_1=sampling.MULTIPLY_1, MULTIPLY_2=sampling.MULTIPLY_2, TOKEN=TOKEN,
         POSITION=POSITION, KEY=KEY, OFFSET=OFFSET, DUE=DUE, STOPS=STOPS, BLOCK=BLOCK,
-        BLOCKS_PAD=triton.next_power_of_2(blocks), **options,
+        BLOCKS_PAD=triton.next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip
