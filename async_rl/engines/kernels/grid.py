@@ -40,16 +40,6 @@ WAIT = tl.constexpr("""{
 }""")
 """It traps after some seconds: a barrier that is never complete is an error of ours."""
 
-FETCH = tl.constexpr("""{
-    .reg .pred some;
-    setp.gt.s32 some, $2, 0;
-    @some cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.u32 $0, 0;
-}""")
-
-THREADS = tl.constexpr(256)
-"""Of a program, each of which asks once."""
-
 
 @triton.jit
 def arrive(counter):
@@ -59,36 +49,3 @@ def arrive(counter):
 @triton.jit
 def wait(counter, arrivals):
     tl.inline_asm_elementwise(WAIT, "=r,l,r", [counter.to(tl.int64), arrivals], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def prefetch(places, sizes):
-    """Ask for so many bytes (a multiple of 16, or none) at each of these addresses to be in L2. Hopper and later."""
-    tl.inline_asm_elementwise(
-        FETCH, "=r,l,r", [places.to(tl.int64), sizes.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def prefetch_rows(weight, row, end, K: tl.constexpr):
-    """Rows [row, end) of a matrix of K columns."""
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    size = (end - row) * (K * BYTES)
-    share = tl.cdiv(tl.cdiv(size, THREADS), 128) * 128
-    first = tl.arange(0, THREADS) * share
-    place = (weight + row * K).to(tl.int64) + first
-    prefetch(place, tl.minimum(share, size - first))
-
-
-@triton.jit
-def prefetch_tile(weight, row, rows, start, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """ROWS rows from `row` on, of which there are `rows`; WIDTH columns from `start` on, of which there are K."""
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    PIECES: tl.constexpr = THREADS // ROWS
-    PIECE: tl.constexpr = (WIDTH * BYTES // PIECES + 15) // 16 * 16
-    i = tl.arange(0, THREADS)
-    m = row + i % ROWS
-    first = i // ROWS * PIECE
-    left = tl.minimum(WIDTH, K - start) * BYTES - first
-    place = (weight + (m.to(tl.int64) * K + start)).to(tl.int64) + first
-    prefetch(place, tl.where(m < rows, tl.minimum(PIECE, left), 0))
