@@ -71,7 +71,8 @@ class DecoderWeights:
                 yield product.bias
 
     def copy_(self, other: DecoderWeights) -> None:
-        torch._foreach_copy_(list(self.tensors()), list(other.tensors()))  # few launches on a GPU
+        operators: Any = torch.ops.aten
+        operators._foreach_copy_(list(self.tensors()), list(other.tensors()))  # few launches on a GPU
 
 
 class Decoder:
