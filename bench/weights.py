@@ -90,6 +90,8 @@ async def _receive(pipe: Connection, model: LlamaConfig, device: str) -> None:
     group = ProcessGroupReceiver("generator-0", layout)
     receiver = Receiver(layout, group)
     decoding: _Decoding | None = None
+    raw = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    """Where a raw broadcast arrives."""
     pipe.send("up")
     while True:
         what, argument = await asyncio.to_thread(pipe.recv)
@@ -98,7 +100,7 @@ async def _receive(pipe: Connection, model: LlamaConfig, device: str) -> None:
             case "group":
                 await receiver.regroup(argument)
             case "raw":
-                await asyncio.to_thread(group._present().broadcast, group._staging[0], "raw")  # type: ignore[union-attr]
+                await asyncio.to_thread(group._present().broadcast, raw, "raw")  # type: ignore[union-attr]
             case "fetch":
                 snapshot = await receiver.fetch(argument)
                 if decoding is not None:

@@ -10,7 +10,7 @@ Where nobody else can reach us, because we listen on loopback, `auto` is `shared
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -59,12 +59,11 @@ class Distribution:
 
     def send(self, weights: WeightsId, payload: Tensor, announce: Announce) -> None:
         """Raises WeightsError: the broadcast did not arrive, or there is no room for the file."""
-        if self._mapped:
-            self._send_file(weights, payload, announce)
+        checksums = self._send_file(weights, payload, announce) if self._mapped else None
         try:
             if self._group is not None and self._group.ready:
                 self._interrupted = False
-                self._group.send(weights, payload, announce)
+                self._group.send(weights, payload, announce, checksums)
         except GroupSuperseded:
             self._interrupted = True
             raise
@@ -83,19 +82,21 @@ class Distribution:
             self._group.close()
         self._files.close()
 
-    def _send_file(self, weights: WeightsId, payload: Tensor, announce: Announce) -> None:
+    def _send_file(self, weights: WeightsId, payload: Tensor, announce: Announce) -> Sequence[int]:
+        """Returns the checksums of the buckets."""
         file = self._files.write(weights, payload)
         size, checksum = file.header.nbytes, file.header.checksum
         if self._mapped:
             announce(WeightsAnnounce(weights, "shared_memory", str(file.path), size, checksum))
         if self._relay is None:
-            return
+            return file.checksums
         comparison = self._files.write_delta()
         self._files.put_on_shelf()
         changed = None if comparison is None else comparison.fraction
         announce(
             WeightsAnnounce(weights, "http", self._relay.url, size, checksum, token=self._relay.token, changed=changed)
         )
+        return file.checksums
 
 
 def make_distribution(run: Run, run_directory: Path, layout: Layout) -> Distribution:

@@ -45,6 +45,8 @@ class WeightFile:
     header: Header
     nbytes: int
     """Of the file."""
+    checksums: tuple[int, ...]
+    """Of the buckets of its payload."""
     base: WeightsId | None = None
     """A delta to these weights."""
 
@@ -109,13 +111,13 @@ class WeightFiles:
         slots = self._slots.setdefault(directory, Slots(directory, size))
         slot = slots.begin([whole.slot for whole in self._whole])
         try:
-            header = _fill(slot.data, _manifest(blank, self._layout), payload)
+            header, checksums = _fill(slot.data, _manifest(blank, self._layout), payload)
             slot.finish(directory / file_name(weights))
         except OSError:
             slots.drop(slot)
             raise
         data = torch.from_numpy(slot.data)[size - self._layout.nbytes :]
-        return _Whole(WeightFile(slot.path, header, size), slot, data)
+        return _Whole(WeightFile(slot.path, header, size, checksums), slot, data)
 
     def _in_some_directory(self, weights: WeightsId, write: Callable[[Path], T]) -> T:
         problems: list[str] = []
@@ -148,8 +150,9 @@ def _manifest(header: Header, layout: Layout, base: WeightsId | None = None) -> 
     return Manifest(header, [0] * -(-layout.nbytes // BUCKET_BYTES), layout, base)
 
 
-def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> Header:
-    """The whole file. Copied and hashed piece by piece; the head, whose checksums are known last, comes last."""
+def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> tuple[Header, tuple[int, ...]]:
+    """The whole file; its header and the checksums of the buckets. Copied and hashed piece by piece; the head, whose
+    checksums are known last, comes last."""
     start = len(encode_head(manifest))
     source = payload.numpy()
 
@@ -168,13 +171,13 @@ def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> He
         header = Header(header.weights, header.nbytes, combine(buckets), header.fingerprint)
     head = encode_head(Manifest(header, buckets, manifest.layout, manifest.base))
     out[:start] = np.frombuffer(head, np.uint8)
-    return header
+    return header, tuple(buckets)
 
 
 def _write_delta(directory: Path, header: Header, delta: Delta, base: WeightsId) -> WeightFile:
     manifest = _manifest(header, delta.layout, base)
     data = np.empty(len(encode_head(manifest)) + delta.layout.nbytes, np.uint8)
-    _fill(data, manifest, delta.payload)
+    _, checksums = _fill(data, manifest, delta.payload)
     final = directory / file_name(header.weights, base)
     partial = directory / f"{PARTIAL}{final.name}"
     try:
@@ -184,4 +187,4 @@ def _write_delta(directory: Path, header: Header, delta: Delta, base: WeightsId)
         with contextlib.suppress(OSError):  # the same trouble again
             partial.unlink()
         raise
-    return WeightFile(final, header, data.size, base)
+    return WeightFile(final, header, data.size, checksums, base)

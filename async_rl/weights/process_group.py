@@ -2,7 +2,7 @@
 
 Rank 0 is the learner, `members[i]` has rank i + 1. A group has an epoch: whenever members come, go or die, everybody
 forms a new one under the next epoch, and the old one is dropped. A broadcast is the header, which says what comes, the
-payload in buckets, of which several are under way, and the checksums of the buckets, which both ends compute meanwhile.
+payload in parts, of which several are under way, and the checksums of its buckets, which both ends compute meanwhile.
 It is received into staging, and handed over when it is whole and verified.
 """
 
@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -36,7 +36,10 @@ from async_rl.weights.header import SIZE, Header, name
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
 
 IN_FLIGHT = 3
-"""Buckets: while one is checked, the next two are on their way."""
+"""Parts: while one is checked, the next two are on their way."""
+AT_ONCE, LEAST_PARTS = 8, 4
+"""Buckets in a part at most, and parts at least where there are as many buckets: every broadcast of gloo's has a price.
+0.5 G parameters in parts of one bucket came at 0.70 of one raw broadcast, of four at 0.74, of eight at 0.79."""
 KNOCK_S = 1.0
 """A connection that is not refused and does not come about is tried again, unless a newer group was called."""
 LEARNER = "learner"
@@ -129,8 +132,14 @@ class ProcessGroupSender(_Member):
         self._form(self._store, group.epoch, 0, [LEARNER, *group.members])
         return True
 
-    def send(self, weights: WeightsId, payload: Tensor, announce: Callable[[WeightsAnnounce], None]) -> None:
-        """Announce, so that the members join in, then broadcast.
+    def send(
+        self,
+        weights: WeightsId,
+        payload: Tensor,
+        announce: Callable[[WeightsAnnounce], None],
+        checksums: Sequence[int] | None = None,
+    ) -> None:
+        """Announce, so that the members join in, then broadcast. checksums: of the buckets, where they are known.
 
         Raises:
             WeightsError: it did not arrive everywhere; there is no group now.
@@ -142,9 +151,8 @@ class ProcessGroupSender(_Member):
         announce(WeightsAnnounce(weights, "process_group", str(group.epoch), header.nbytes))
         try:
             group.broadcast(_tensor(header.encode(), group.device), f"weights {name(weights)}, header")
-            buckets = (bucket.to(group.device) for bucket in payload.split(BUCKET_BYTES))
-            checksums = _transfer(group, weights, buckets, -(-payload.numel() // BUCKET_BYTES))
-            group.broadcast(_tensor(checksum.encode(checksums), group.device), f"weights {name(weights)}, checksums")
+            found = _transfer(group, weights, payload, checksums)
+            group.broadcast(_tensor(checksum.encode(found), group.device), f"weights {name(weights)}, checksums")
         except WeightsError:
             self._drop()
             raise
@@ -218,9 +226,8 @@ class ProcessGroupReceiver(_Member):
             group.broadcast(first, f"weights {name(announce.weights)}, header")
             header = Header.decode(first.cpu().numpy().tobytes())
             header.check_layout(self._layout)
-            buckets = staging.split(BUCKET_BYTES)
-            found = _transfer(group, header.weights, buckets, len(buckets))
-            last = torch.zeros(8 * len(buckets), dtype=torch.uint8, device=group.device)
+            found = _transfer(group, header.weights, staging)
+            last = torch.zeros(8 * len(found), dtype=torch.uint8, device=group.device)
             group.broadcast(last, f"weights {name(header.weights)}, checksums")
             _compare(header.weights, found, checksum.decode(last.cpu().numpy().tobytes()))
         except WeightsError:
@@ -234,21 +241,27 @@ class ProcessGroupReceiver(_Member):
         return torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=self._device)
 
 
-def _transfer(group: Group, weights: WeightsId, buckets: Iterable[Tensor], count: int) -> list[int]:
-    """Broadcast all buckets, IN_FLIGHT at a time; their checksums."""
+def _transfer(group: Group, weights: WeightsId, payload: Tensor, known: Sequence[int] | None = None) -> list[int]:
+    """Broadcast all of it, IN_FLIGHT parts at a time. Returns the checksums of its buckets."""
+    buckets = -(-payload.numel() // BUCKET_BYTES)
+    parts = payload.split(BUCKET_BYTES * max(1, min(AT_ONCE, buckets // LEAST_PARTS)))
     checksums: list[int] = []
     under_way: deque[Broadcast] = deque()
-    for index, bucket in enumerate(buckets):
-        under_way.append(group.begin(bucket, f"weights {name(weights)}, bucket {index + 1} of {count}"))
+
+    def arrived() -> None:
+        broadcast = under_way.popleft()
+        broadcast.wait()
+        if known is None:
+            checksums.extend(map(checksum.bucket_checksum, broadcast.tensor.cpu().split(BUCKET_BYTES)))
+
+    for index, part in enumerate(parts):
+        what = f"weights {name(weights)}, part {index + 1} of {len(parts)}"
+        under_way.append(group.begin(part.to(group.device), what))
         if len(under_way) == IN_FLIGHT:
-            checksums.append(_arrived(under_way.popleft()))
-    checksums += [_arrived(broadcast) for broadcast in under_way]
-    return checksums
-
-
-def _arrived(broadcast: Broadcast) -> int:
-    broadcast.wait()
-    return checksum.bucket_checksum(broadcast.tensor.cpu())
+            arrived()
+    while under_way:
+        arrived()
+    return checksums if known is None else list(known)
 
 
 def _compare(weights: WeightsId, found: list[int], sent: list[int]) -> None:

@@ -64,7 +64,7 @@ if name is not None:
     order, begin, former = directory / name, Group.begin, []
 
     def begin_or_die(group, tensor, what):
-        if ", bucket 2 of " in what and order.exists():
+        if ", part 2 of " in what and order.exists():
             if order.read_text() == "between two buckets":
                 former[0].wait()
             else:
