@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,13 @@ def check_step(ranks: Ranks, scratch: Path) -> Checks:
     }  # fmt: skip
     found: Checks = {}
     expected: tuple[float, torch.Tensor] | None = None
-    shares = train_step.shares_prefixes
+    pack = train_step.pack
     for name, (device, options, shared) in arms.items():
-        train_step.shares_prefixes = shares if shared else lambda device: False
+        train_step.pack = partial(pack, share_prompts=shared)
         host = Ranks(0, 1, CPU, 30.0)
         learner = Learner(run_of(device, **options), scratch / name, host if device == "cpu" else ranks)
         metrics = learner.train(batch(0))
-        train_step.shares_prefixes = shares
+        train_step.pack = pack
         assert not metrics["skipped"], name
         if expected is None:
             expected = metrics["loss"], gradient(learner)

@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ def ours(work: list[Rollouts], dtype: str, *, shared: bool) -> Callable[[], floa
         learner=config.Learner(dtype=dtype),  # type: ignore[arg-type]
         rollout=config.Rollout(max_new_tokens=512),
     )
-    if not shared:
-        train_step.shares_prefixes = lambda device: False
+    train_step.pack = partial(train_step.pack, share_prompts=shared)
     learner = Learner(run, Path(tempfile.mkdtemp()))
     message: list[TrainRollout] = []
     for member, (group, tokens, prompt) in enumerate(itertools.chain.from_iterable(work)):

@@ -23,7 +23,6 @@ from async_rl.learner.batch import flatten, pack
 from async_rl.learner.checkpoint import no_progress_bars
 from async_rl.learner.distributed import choose_device
 from async_rl.learner.logprobs import token_logprobs
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
 from async_rl.models.loading import build_model
@@ -164,8 +163,7 @@ class Recomputation:
         planned = plan(lengths, ranks=1, cap=self._run.learner.microbatch_tokens, groups=of_group)
         step = flatten(MicroBatches(LATER, LATER, rollouts, planned))
         low = torch.bfloat16 if dtype == "bfloat16" else None
-        share = shares_prefixes(self._device)
-        parts = [move(pack(step, chosen, share_prompts=share), self._device) for chosen in planned[0] if chosen]
+        parts = [move(pack(step, chosen), self._device) for chosen in planned[0] if chosen]
         policy = PackedPolicy(self.model, dtype=dtype)
         return Recomputed(
             hidden_KH=torch.cat([policy.hidden(part.tokens) for part in parts]),

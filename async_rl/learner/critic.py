@@ -14,7 +14,6 @@ from async_rl.learner.batch import StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import CriticEstimates, explained_variance
 from async_rl.learner.optimisation import Optimisation, Stats, Totals, never
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move, to_device
 from async_rl.learner.passes import over_step
 from async_rl.learner.scalar import PackedScalar
@@ -81,7 +80,7 @@ class Critic:
         }
 
     def _loss(self, step: StepBatch, rollouts: list[int], estimates: CriticEstimates) -> tuple[Tensor, Stats]:
-        packed = pack(step, rollouts, share_prompts=shares_prefixes(self._ranks.device))
+        packed = pack(step, rollouts)
         device = self._ranks.device
         old_K, returns_K, active_K = (
             to_device(x_A[packed.token_K], device)

@@ -42,11 +42,6 @@ DENSE_LENGTH = 192
 tokens, twice as long at 128, forward and backward."""
 
 
-def shares_prefixes(device: torch.device) -> bool:
-    """Whether families with a prefix are computed there; elsewhere every sequence carries its own prompt."""
-    return device.type in ("cpu", "cuda")
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float | None) -> Tensor:
     """[1, heads, T, D] queries, [1, kv heads, T, D] keys and values to [1, T, heads, D]."""
     sizes = [family.tokens for family in families]

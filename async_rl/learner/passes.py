@@ -10,7 +10,6 @@ from torch import Tensor
 from async_rl.learner.batch import StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Abandoned
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import PackedTokens, move
 
 
@@ -28,7 +27,7 @@ def over_step(
     found_A = torch.zeros(len(step.version_A))
     for rollouts in step.plan[ranks.rank]:
         give_up(ranks, abandon)
-        packed = pack(step, rollouts, share_prompts=shares_prefixes(ranks.device))
+        packed = pack(step, rollouts)
         found_A[packed.token_K] = model(move(packed.tokens, ranks.device)).float().cpu()
     ranks.sum(found_A)
     return found_A

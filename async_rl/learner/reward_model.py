@@ -16,7 +16,6 @@ from async_rl.errors import UserError
 from async_rl.learner.batch import StepBatch
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.frozen import Frozen
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import Sequences, families, move, pack_sequences, ranges
 from async_rl.learner.passes import give_up
 from async_rl.learner.scalar import CLASSIFIER, PackedScalar
@@ -81,9 +80,7 @@ class RewardModel:
         for rollouts in step.plan[self._ranks.rank]:
             give_up(self._ranks, abandon)
             chosen = np.asarray(rollouts, np.int64)
-            shared = shares_prefixes(device)
-            family_n = families(ends, chosen, step.group_N[chosen]) if shared else np.zeros_like(chosen)
-            packed = pack_sequences(ends, chosen, family_n)
+            packed = pack_sequences(ends, chosen, families(ends, chosen, step.group_N[chosen]))
             scores_N[chosen[packed.place_K]] = self.module.score(move(packed.tokens, device)).cpu()
         self._ranks.sum(scores_N)
         return scores_N

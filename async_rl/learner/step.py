@@ -30,7 +30,6 @@ from async_rl.learner.batch import PackedMicroBatch, StepBatch, pack
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.metrics import batch_metrics
 from async_rl.learner.optimisation import Optimisation, Stats, ignored, never
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move, to_device
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.roles import Estimates, Roles
@@ -104,7 +103,7 @@ class TrainStep:
         self, step: StepBatch, rollouts: list[int], estimates: Estimates, whole: Normaliser
     ) -> tuple[Tensor, Stats]:
         """Scalar part of the step's loss, and its statistics."""
-        microbatch = pack(step, rollouts, share_prompts=shares_prefixes(self._device))
+        microbatch = pack(step, rollouts)
         advantages_n = to_device(estimates.advantages_N[microbatch.rollout_n], self._device)
         per_token = (estimates.critic.advantages_A if estimates.critic else None, estimates.reference_A)
         advantages_K, reference_K = (

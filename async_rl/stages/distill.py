@@ -20,7 +20,6 @@ from async_rl.engines.sampling import rollout_key
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.frozen import Frozen
 from async_rl.learner.optimisation import Stats
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.token_kl import token_kl
@@ -75,7 +74,7 @@ class Distillation:
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         device = self._ranks.device
-        packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(device)), device)
+        packed = move(pack_rows(batch.examples, rows), device)
         if self._config.loss == "cross_entropy":
             return -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens, {}
         assert self._teacher is not None and self._frozen is not None

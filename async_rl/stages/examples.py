@@ -80,12 +80,12 @@ class PackedRows:
     """[s] int64, which of the given rows each belongs to"""
 
 
-def pack_rows(examples: Examples, rows: Sequence[int], *, share_prompts: bool) -> PackedRows:
-    """The sequences of these rows for one forward pass; share_prompts: equal prompts of a row are fed once."""
+def pack_rows(examples: Examples, rows: Sequence[int]) -> PackedRows:
+    """The sequences of these rows for one forward pass; equal prompts of a row are fed once."""
     chosen_s = examples.sequences_of(rows)
     row_n = np.asarray(rows, np.int64)
     row_s = np.repeat(np.arange(len(row_n)), examples.first_N[row_n + 1] - examples.first_N[row_n])
-    family_s = families(examples.sequences, chosen_s, row_s) if share_prompts else np.zeros_like(chosen_s)
+    family_s = families(examples.sequences, chosen_s, row_s)
     packed = pack_sequences(examples.sequences, chosen_s, family_s)
     return PackedRows(
         packed.tokens,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from async_rl.algorithms.preference import preference_loss
 from async_rl.learner.optimisation import Stats
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
 from async_rl.stages.examples import pack_rows
@@ -49,7 +48,7 @@ class PreferenceTrainer:
         return batch
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
-        packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(self._device)), self._device)
+        packed = move(pack_rows(batch.examples, rows), self._device)
         logp_s = summed_logprobs(self._policy, packed)
         chosen_B, rejected_B = logp_s[0::2], logp_s[1::2]
         reference_s = None if self._reference is None else self._reference(packed)

@@ -20,7 +20,6 @@ from async_rl.batching.plan import plan
 from async_rl.learner import checkpoint
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.frozen import Frozen
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.passes import give_up
 from async_rl.learner.policy import PackedPolicy
@@ -81,7 +80,7 @@ def cached(
     rows = range(len(examples))
     for places in plan(examples.tokens_of(rows), ranks=ranks.size, cap=cap)[ranks.rank]:
         give_up(ranks, stopping)
-        packed = move(pack_rows(examples, places, share_prompts=shares_prefixes(ranks.device)), ranks.device)
+        packed = move(pack_rows(examples, places), ranks.device)
         logp_S[packed.chosen_s] = reference(packed)
     ranks.sum(logp_S)  # each sequence was computed by one rank, and is 0 on the others
     if ranks.rank == 0:

@@ -19,7 +19,6 @@ from async_rl.algorithms.reward_model import kwise_loss, pair_loss
 from async_rl.batching.plan import plan
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Stats
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.scalar import PackedScalar
 from async_rl.stages.examples import Examples, pack_rows
@@ -96,6 +95,6 @@ class RewardModelTrainer:
     def _scores(self, examples: Examples, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """[s] float32 score of every answer of these rows, without bias, and which row it belongs to."""
         device = self._ranks.device
-        packed = move(pack_rows(examples, rows, share_prompts=shares_prefixes(device)), device)
+        packed = move(pack_rows(examples, rows), device)
         score_K = self._scalar(packed.tokens)  # one a sequence, in the order in which they were packed
         return score_K.new_zeros(len(packed.chosen_s)).index_copy(0, packed.sequence_K, score_K), packed.row_s

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from async_rl.learner.logprobs import chunk_of
 from async_rl.learner.optimisation import Stats
-from async_rl.learner.packed_attention import shares_prefixes
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
 from async_rl.stages.examples import pack_rows
@@ -33,7 +32,7 @@ class SFT:
         return batch
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
-        packed = move(pack_rows(batch.examples, rows, share_prompts=shares_prefixes(self._device)), self._device)
+        packed = move(pack_rows(batch.examples, rows), self._device)
         if torch.is_grad_enabled() or self._sharded:
             loss = -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens
             return loss, {}
