@@ -46,6 +46,8 @@ ARMS = ("ours", "ours_alone", "padded", "padded_tuned", "trl")
 DTYPES = ("float32", "bfloat16")
 VOCABULARY = 49152
 GROUP = 8
+WARM_UP = 2
+"""Steps before the measured ones: the second is the first that touches memory beside the optimiser's states."""
 RAGGED = (20,) * 4 + (40,) * 2 + (60,) + (80,) * 7 + (120, 256)
 
 Rollouts = list[tuple[int, np.ndarray, int]]
@@ -190,7 +192,7 @@ def accumulating(model: Any, loss_of: Callable[[Any], Any], batches: list[Any]) 
 
 
 def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
-    """In this process: CPU seconds of a step (median, after one that is not counted), peak memory."""
+    """In this process: CPU seconds of a step (median, after WARM_UP that are not counted), peak memory."""
     import torch
 
     torch.set_num_threads(1)
@@ -199,7 +201,8 @@ def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
         train = ours(work, dtype, shared=arm == "ours")
     else:
         train = trl(work, dtype) if arm == "trl" else padded(work, dtype)
-    train()
+    for _ in range(WARM_UP):
+        train()
     seconds: list[float] = []
     for _ in range(steps):
         started = time.process_time()
@@ -226,11 +229,11 @@ def in_process(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_all(rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure_all(rounds: int, steps: int, arms: list[str]) -> list[dict[str, Any]]:
     from losses import ensure_peers
 
     ensure_peers()
-    cases = [(arm, load, dtype) for load in ("ragged", "products") for dtype in DTYPES for arm in ARMS]
+    cases = [(arm, load, dtype) for load in ("ragged", "products") for dtype in DTYPES for arm in arms]
     found: dict[tuple[str, str, str], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
@@ -248,6 +251,8 @@ def measure_all(rounds: int, steps: int) -> list[dict[str, Any]]:
                 "tokens_per_cpu_s": round(statistics.median(speeds), 1),
                 "range": [round(min(speeds), 1), round(max(speeds), 1)],
                 "peak_gib": round(max(run["peak_gib"] for run in runs), 2),
+                "warm_up": WARM_UP,
+                "rounds": rounds,
             }
         )
     return rows
@@ -269,9 +274,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="of each process, after one that is not counted")
+    parser.add_argument("--steps", type=int, default=1, help="of each process, after the warm-up")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the others keep their figures")
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--workload", choices=("ragged", "products"))
     parser.add_argument("--dtype", choices=DTYPES)
@@ -284,7 +290,11 @@ def main() -> None:
 
         on_cuda(write=options.write)
         return
-    rows = measure_all(options.rounds, options.steps)
+    kept = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in [*kept, *measure_all(options.rounds, options.steps, options.arms)]:
+        newest[row["workload"], row["dtype"], row["arm"]] = row
+    rows = list(newest.values())
     found = ratios(rows)
     for row in rows:
         print(f"{row['workload']:9} {row['dtype']:9} {row['arm']:11} {row['tokens_per_cpu_s']:7.1f} tokens/CPU-s"
@@ -295,7 +305,7 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         RESULT.write_text(json.dumps({
             "machine": f"{platform.machine()}, one core", "commit": commit.stdout.strip(),
-            "date": datetime.now(UTC).date().isoformat(), "rounds": options.rounds, "steps": options.steps,
+            "date": datetime.now(UTC).date().isoformat(), "steps": options.steps,
             "rows": rows, "ratios": found,
         }, indent=2) + "\n")  # fmt: skip
 
