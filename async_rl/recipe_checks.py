@@ -2,14 +2,72 @@
 
 from __future__ import annotations
 
-from async_rl.config import Optimizer, Run, SGLang
+from operator import attrgetter
+
+from async_rl.config import Run, SGLang
 from async_rl.errors import UserError
+
+POSITIVE = (
+    "steps",
+    "rollout.groups_per_step",
+    "rollout.group_size",
+    "rollout.max_new_tokens",
+    "generator.count",
+    "generator.slots",
+    "learner.microbatch_tokens",
+    "learner.ranks",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "environment.timeout_s",
+    "weights.timeout_s",
+    "weights.full_every",
+    "controller.heartbeat_timeout_s",
+    "controller.watchdog_s",
+    "rollout.attempts",
+    "critic.epochs",
+    "rollout.temperature",
+    "simulate.generators",
+    "simulate.learners",
+    "simulate.learner_tokens_s",
+    "simulate.prefill_tokens_s",
+    "environment.failures_in_a_row",
+    "simulate.step_s",
+    "simulate.mean_tokens",
+    "simulate.block_tokens",
+    "simulate.measured_steps",
+    "simulate.seeds",
+)
+"""What has to be above 0, where it is set."""
+NOT_NEGATIVE = (
+    "seed",
+    "staleness.max_staleness",
+    "staleness.depth",
+    "rollout.segment_tokens",
+    "rollout.lease_tokens",
+    "critic.clip",
+    "critic.coef",
+    "reference.refresh_steps",
+    "evaluation.tasks",
+    "evaluation.every_steps",
+    "checkpoint.keep_best",
+    "generator.max_length",
+    "generator.queued_rollouts",
+    "simulate.sequence_s",
+    "simulate.pause_s",
+    "simulate.sigma",
+    "simulate.warmup_steps",
+    *(
+        f"{section}.{field}"
+        for section in ("optimizer", "critic.optimizer")
+        for field in ("learning_rate", "clip_norm", "warmup_steps", "decay_steps", "final_rate")
+    ),
+)
+"""What has to be 0 or more, where it is set."""
 
 
 def check(run: Run) -> None:
     """Raises UserError."""
-    _positive(run)
-    _not_negative(run)
+    _signs(run)
     _addresses(run)
     _model(run)
     _learner(run)
@@ -26,73 +84,13 @@ def demand(holds: bool, field: str, value: object, instead: str) -> None:
         raise UserError(f"{field} = {value!r}: {instead}")
 
 
-def _positive(run: Run) -> None:
-    fields: list[tuple[str, float]] = [
-        ("steps", run.steps),
-        ("rollout.groups_per_step", run.rollout.groups_per_step),
-        ("rollout.group_size", run.rollout.group_size),
-        ("rollout.max_new_tokens", run.rollout.max_new_tokens),
-        ("generator.count", run.generator.count),
-        ("generator.slots", run.generator.slots),
-        ("learner.microbatch_tokens", run.learner.microbatch_tokens),
-        ("learner.ranks", run.learner.ranks),
-        ("checkpoint.every_steps", run.checkpoint.every_steps),
-        ("checkpoint.keep", run.checkpoint.keep),
-        ("environment.timeout_s", run.environment.timeout_s),
-        ("weights.timeout_s", run.weights.timeout_s),
-        ("weights.full_every", run.weights.full_every),
-        ("controller.heartbeat_timeout_s", run.controller.heartbeat_timeout_s),
-        ("controller.watchdog_s", run.controller.watchdog_s),
-        ("rollout.attempts", run.rollout.attempts),
-        ("critic.epochs", run.critic.epochs),
-        ("rollout.temperature", run.rollout.temperature),
-        ("simulate.generators", run.simulate.generators),
-        ("simulate.learners", run.simulate.learners),
-        ("simulate.learner_tokens_s", 1.0 if run.simulate.learner_tokens_s is None else run.simulate.learner_tokens_s),
-        (
-            "simulate.prefill_tokens_s",
-            1.0 if run.simulate.prefill_tokens_s is None else run.simulate.prefill_tokens_s,
-        ),
-        ("environment.failures_in_a_row", run.failures_in_a_row),
-        ("simulate.step_s", run.simulate.step_s),
-        ("simulate.mean_tokens", run.simulate.mean_tokens),
-        ("simulate.block_tokens", run.simulate.block_tokens),
-        ("simulate.measured_steps", run.simulate.measured_steps),
-        ("simulate.seeds", run.simulate.seeds),
-    ]
-    for field, value in fields:
-        demand(value > 0, field, value, "write a number above 0")
-
-
-def _not_negative(run: Run) -> None:
-    for field, value in [
-        ("seed", run.seed),
-        ("staleness.max_staleness", run.staleness.max_staleness),
-        ("staleness.depth", run.staleness.depth or 0),
-        ("rollout.segment_tokens", run.rollout.segment_tokens),
-        ("rollout.lease_tokens", run.rollout.lease_tokens),
-        *_numbers("optimizer", run.optimizer),
-        *_numbers("critic.optimizer", run.critic.optimizer),
-        ("critic.clip", run.critic.clip),
-        ("critic.coef", run.critic.coef),
-        ("reference.refresh_steps", run.reference.refresh_steps),
-        ("evaluation.tasks", run.evaluation.tasks),
-        ("evaluation.every_steps", run.evaluation.every_steps),
-        ("checkpoint.keep_best", run.checkpoint.keep_best),
-        ("generator.max_length", run.generator.max_length),
-        ("generator.queued_rollouts", run.generator.queued_rollouts or 0),
-        ("simulate.sequence_s", run.simulate.sequence_s),
-        ("simulate.pause_s", run.simulate.pause_s),
-        ("simulate.sigma", run.simulate.sigma),
-        ("simulate.warmup_steps", run.simulate.warmup_steps),
-    ]:
-        demand(value >= 0, field, value, "write 0 or more")
-
-
-def _numbers(prefix: str, optimizer: Optimizer) -> list[tuple[str, float]]:
-    """What may not be negative."""
-    fields = ("learning_rate", "clip_norm", "warmup_steps", "decay_steps", "final_rate")
-    return [(f"{prefix}.{field}", getattr(optimizer, field)) for field in fields]
+def _signs(run: Run) -> None:
+    for field in POSITIVE:
+        value = attrgetter(field)(run)
+        demand(value is None or value > 0, field, value, "write a number above 0")
+    for field in NOT_NEGATIVE:
+        value = attrgetter(field)(run)
+        demand(value is None or value >= 0, field, value, "write 0 or more")
 
 
 def _addresses(run: Run) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from stamp import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_S = 0.02
@@ -160,12 +160,10 @@ def main() -> None:
                 figures[name] = run(options.recipe, Path(scratch) / name, overrides, options.device)
                 print(name, json.dumps(figures[name], indent=2), flush=True)
     if options.write:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = os.environ.get("ASYNC_RL_COMMIT") or git.stdout.strip()
         device, suffix = f"{platform.processor() or platform.machine()}, 2 cores", ""
         if options.device == "cuda":
             device, suffix = gpu_name(), "_cuda"
-        stamp = {"date": date.today().isoformat(), "commit": commit, "device": device}
+        stamp = {"date": date.today().isoformat(), "commit": commit(), "device": device}
         path = ROOT / "bench" / "results" / f"colocated_{figures['recipe']}{suffix}.json"
         path.write_text(json.dumps(stamp | figures, indent=2) + "\n")
 

@@ -20,7 +20,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stamp import commit
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
 from transformers.utils import logging as transformers_logging
 
@@ -169,9 +169,8 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"{name:<28} {ratio:.2f}x")
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, 1 thread"
-        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp = {"date": date.today().isoformat(), "commit": commit(), "device": device}
         path = ROOT / "bench" / "results" / "engine_smollm2.json"
         path.write_text(json.dumps(stamp | {"model": options.model.name, **figures, "ratios": ratios}, indent=2) + "\n")
 

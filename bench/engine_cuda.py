@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import subprocess
 import threading
 import time
 import traceback
@@ -32,6 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from stamp import commit
+from train_step_cuda import SHAPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from async_rl.engines.batcher import Batcher
@@ -43,10 +43,6 @@ from async_rl.wire.messages import WeightsId
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "engine_cuda.json"
 DEVICE = torch.device("cuda", 0)
-SHAPE = {
-    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True,
-}  # fmt: skip
 BATCHES = (1, 8, 64, 256)
 KINDS = ("static", "eager", "fused")
 """Ways of computing steps (engines.make_steps). A kernel that breaks the CUDA context spoils what comes after it: ours
@@ -341,11 +337,6 @@ def kernels(model: Any, batch: int, kind: str, steps: int = 20) -> list[str]:
 
 def said(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-1500:]
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return os.environ.get("COMMIT") or git.stdout.strip()
 
 
 def main() -> None:

@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from train_step_cuda import attempt, commit
+from stamp import commit
+from train_step_cuda import attempt
 
 from async_rl import config
 from async_rl.learner import step as train_step

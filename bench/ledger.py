@@ -28,7 +28,6 @@ import pstats
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +41,7 @@ import lmdb
 import zmq
 import zmq.asyncio
 from async_rl.launch.child import settle_heap
+from stamp import commit
 
 from async_rl import config, recipes
 from async_rl.controller.controller import Controller
@@ -459,9 +459,8 @@ def main() -> None:
         figures["share_of_raw_lmdb"] = ratio
         print(f"throughput / raw LMDB with 64: {ratio:.2f}")
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp = {"date": date.today().isoformat(), "commit": commit(), "device": device}
         path = ROOT / "bench" / "results" / "ledger.json"
         path.write_text(json.dumps(stamp | figures, indent=2) + "\n")
 

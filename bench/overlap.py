@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stamp import commit
+
 ROOT = Path(__file__).resolve().parents[1]
 WAITING = ("wait_", "start")
 
@@ -107,9 +109,8 @@ def main() -> None:
     for role, causes in arms["asynchronous"][-1]["idle"].items():
         print(f"  {role} otherwise: " + ", ".join(f"{c} {share:.1%}" for c, share in sorted(causes.items())))
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, 2 cores"
-        stamp = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp = {"date": date.today().isoformat(), "commit": commit(), "device": device}
         path = ROOT / "bench" / "results" / f"overlap_{figures['recipe']}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(stamp | figures, indent=2) + "\n")

@@ -20,7 +20,6 @@ import heapq
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from stamp import commit
 
 from async_rl.batching.plan import plan
 
@@ -176,10 +176,9 @@ def main() -> None:
                         flush=True,
                     )
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         stamp = {
             "date": date.today().isoformat(),
-            "commit": commit,
+            "commit": commit(),
             "device": platform.processor() or platform.machine(),
         }
         path = Path(__file__).resolve().parent / "results" / "packing.json"

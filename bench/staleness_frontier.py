@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import subprocess
 from dataclasses import dataclass
 from datetime import date
 from math import exp, inf, log
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from stamp import commit
 
 from async_rl.simulate.command import load
 from async_rl.simulate.compare import simulate_all
@@ -675,10 +675,7 @@ def plot(panels: list[dict[str, Any]], path: Path) -> None:
 
 
 def stamp(seeds: int) -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    return {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "seeds": seeds}
+    return {"date": date.today().isoformat(), "commit": commit(), "seeds": seeds}
 
 
 def main() -> None:

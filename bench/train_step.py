@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stamp import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -302,9 +303,8 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:45} {value:.2f}")
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         RESULT.write_text(json.dumps({
-            "machine": f"{platform.machine()}, one core", "commit": commit.stdout.strip(),
+            "machine": f"{platform.machine()}, one core", "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(), "steps": options.steps,
             "rows": rows, "ratios": found,
         }, indent=2) + "\n")  # fmt: skip

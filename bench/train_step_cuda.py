@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
 import time
 import traceback
 import warnings
@@ -33,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from stamp import commit
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from async_rl.config import Optimizer
@@ -304,16 +303,3 @@ def look_into(arm: Arm, device: torch.device, ranks: Ranks) -> None:
     waits = training.waits()
     print(f"{arm.name}: the host waits {len(waits)} times in a step: {', '.join(waits[:12])}")
     print("\n".join(training.kernels()), flush=True)
-
-
-def commit() -> str:
-    """Of this checkout, which may be a copy without its git: then the environment says it."""
-    said = os.environ.get("ASYNC_RL_COMMIT", "")
-    if said:
-        return said
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    except FileNotFoundError:
-        return ""

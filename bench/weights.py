@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stamp import commit
 from transformers import LlamaConfig
 
 from async_rl.config import TinyModel
@@ -266,6 +267,19 @@ class Pair:
         self.copy.copy_(self.payload)
         return time.monotonic() - started, time.process_time() - cpu, None
 
+    def start_decoding(self) -> float:
+        """The engine has weights and works on. Returns the usual pause between its steps, seconds."""
+        first: list[WeightsAnnounce] = []
+        with self.prepared("shared_memory"):
+            assert self._files is not None
+            self._files.send(WeightsId(0, 0), self.payload, first.append)
+            self.tell("decode", first[0])
+            began = time.monotonic()
+            self.reply()
+        time.sleep(2)
+        self.tell("pauses", (began, time.monotonic()))
+        return statistics.median(self.reply()[2])
+
     def wire_share(self) -> float:
         assert self._files is not None
         shelf = self._files._files.shelf
@@ -318,17 +332,7 @@ def stalls(size: str, updates: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch))
-        box: list[WeightsAnnounce] = []
-        with pair.prepared("shared_memory"):
-            assert pair._files is not None
-            pair._files.send(WeightsId(0, 0), pair.payload, box.append)
-            pair.tell("decode", box[0])
-            began = time.monotonic()
-            pair.reply()
-        time.sleep(2)
-        now = time.monotonic()
-        pair.tell("pauses", (began, now))
-        usual = statistics.median(pair.reply()[2])
+        usual = pair.start_decoding()
         for arm in ("shared_memory", "process_group", "http"):
             swaps: list[float] = []
             gaps: list[float] = []
@@ -395,9 +399,8 @@ def main() -> None:
             "products_smollm2, bfloat16": changed("products_smollm2", "steps=4", "generator.dtype=bfloat16"),
         }
     if options.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        stamp: dict[str, Any] = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "device": device}
+        stamp: dict[str, Any] = {"date": date.today().isoformat(), "commit": commit(), "device": device}
         stamp["load"] = round(os.getloadavg()[0], 1)
         path = ROOT / "bench" / "results" / "weights.json"
         kept = json.loads(path.read_text()) if path.exists() else {"measured": {}}

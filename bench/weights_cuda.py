@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stamp import commit
 from torch.multiprocessing.reductions import reduce_tensor
-from train_step_cuda import attempt, commit
+from train_step_cuda import attempt
 from transformers import LlamaForCausalLM
 from weights import DTYPE, ROOT, WARM, Pair, _spread, config
-
-from async_rl.wire.messages import WeightsAnnounce, WeightsId
 
 RESULT = ROOT / "bench" / "results" / "weights_cuda.json"
 ARMS = ("shared_memory", "process_group", "http")
@@ -44,17 +43,7 @@ def updates(size: str, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch), GPU.type)
         pair.payload = pair.payload.pin_memory()
-        first: list[WeightsAnnounce] = []
-        with pair.prepared("shared_memory"):
-            assert pair._files is not None
-            pair._files.send(WeightsId(0, 0), pair.payload, first.append)
-            pair.tell("decode", first[0])
-            began = time.monotonic()
-            pair.reply()
-        time.sleep(2)
-        now = time.monotonic()
-        pair.tell("pauses", (began, now))
-        usual = statistics.median(pair.reply()[2])
+        usual = pair.start_decoding()
         found["decode_step_s"] = round(usual, 5)
         for arm in ARMS:
             found[arm] = attempt(f"{size} {arm}", lambda arm=arm: one_arm(pair, model, arm, count, usual))

@@ -106,26 +106,37 @@ class _Head(torch.autograd.Function):
         hidden_KH, weight_VH, target_K, entropy_K, kept = ctx.saved_tensors
         if grad_logp_K is None and grad_entropy_K is None:
             return (None,) * 6
-        with torch.autocast(hidden_KH.device.type, enabled=False):
-            hidden, weight = hidden_KH.to(ctx.dtype), weight_VH.to(ctx.dtype)
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            for start in range(0, len(target_K), ctx.rows):
-                rows = slice(start, start + ctx.rows)
-                log_p = kept if kept is not None else _log_softmax(hidden[rows], weight, ctx.temperature)
-                p = log_p.exp()
-                grad = torch.zeros_like(p)
-                if grad_logp_K is not None:
-                    grad = -p * grad_logp_K[rows, None]
-                    grad.scatter_add_(1, target_K[rows, None], grad_logp_K[rows, None])
-                if grad_entropy_K is not None:
-                    grad -= p * (log_p + entropy_K[rows, None]) * grad_entropy_K[rows, None]
-                grad = (grad / ctx.temperature if ctx.temperature != 1.0 else grad).to(ctx.dtype)
-                grad_hidden[rows] = grad @ weight
-                if grad_weight is not None:
-                    grad_weight += grad.t() @ hidden[rows]
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_VH.dtype)
-        return grad_hidden.to(hidden_KH.dtype), grad_weight, None, None, None, None
+
+        def gradient(rows: slice, hidden: Tensor, weight: Tensor) -> Tensor:
+            log_p = kept if kept is not None else _log_softmax(hidden, weight, ctx.temperature)
+            p = log_p.exp()
+            grad = torch.zeros_like(p)
+            if grad_logp_K is not None:
+                grad = -p * grad_logp_K[rows, None]
+                grad.scatter_add_(1, target_K[rows, None], grad_logp_K[rows, None])
+            if grad_entropy_K is not None:
+                grad -= p * (log_p + entropy_K[rows, None]) * grad_entropy_K[rows, None]
+            return (grad / ctx.temperature if ctx.temperature != 1.0 else grad).to(ctx.dtype)
+
+        return *_through_head(ctx, hidden_KH, weight_VH, gradient), None, None, None, None
+
+
+def _through_head(
+    ctx: Any, hidden_KH: Tensor, weight_VH: Tensor, gradient: Callable[[slice, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the hidden states and of the head, `ctx.rows` at a time. gradient: of the logits of these rows, from
+    their hidden states and the head, both of the dtype of the products."""
+    with torch.autocast(hidden_KH.device.type, enabled=False):
+        hidden, weight = hidden_KH.to(ctx.dtype), weight_VH.to(ctx.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            rows = slice(start, start + ctx.rows)
+            grad = gradient(rows, hidden[rows], weight)
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden[rows]
+    return grad_hidden.to(hidden_KH.dtype), None if grad_weight is None else grad_weight.to(weight_VH.dtype)
 
 
 def _statistics(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,22 +208,15 @@ class _FusedHead(torch.autograd.Function):
         if grads[0] is None and grads[1] is None:
             return (None,) * 6
         hidden_KH, weight_VH, target_K, entropy_K, lse_K, *logits = ctx.saved_tensors
-        gradient = _compiled(_gradient)
-        with torch.autocast(hidden_KH.device.type, enabled=False):
-            hidden, weight = hidden_KH.to(ctx.dtype), weight_VH.to(ctx.dtype)
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            for start in range(0, len(target_K), ctx.rows):
-                rows = slice(start, start + ctx.rows)
-                of_rows = (target_K[rows], lse_K[rows], entropy_K[rows])
-                of_outputs = [None if grad is None else grad[rows] for grad in grads]
-                chunk = logits[start // ctx.rows] if logits else hidden[rows] @ weight.t()
-                grad = gradient(chunk, *of_rows, *of_outputs, ctx.temperature)
-                torch.mm(grad, weight, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    grad_weight += grad.t() @ hidden[rows]
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_VH.dtype)
-        return grad_hidden.to(hidden_KH.dtype), grad_weight, None, None, None, None
+        compiled = _compiled(_gradient)
+
+        def gradient(rows: slice, hidden: Tensor, weight: Tensor) -> Tensor:
+            of_rows = (target_K[rows], lse_K[rows], entropy_K[rows])
+            of_outputs = [None if grad is None else grad[rows] for grad in grads]
+            chunk = logits[rows.start // ctx.rows] if logits else hidden @ weight.t()
+            return compiled(chunk, *of_rows, *of_outputs, ctx.temperature)
+
+        return *_through_head(ctx, hidden_KH, weight_VH, gradient), None, None, None, None
 
 
 def _has_room(nbytes: int, device: torch.device) -> bool:

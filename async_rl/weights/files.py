@@ -107,16 +107,18 @@ class WeightFiles:
 
     def _write_whole(self, directory: Path, weights: WeightsId, payload: Tensor) -> _Whole:
         blank = Header(weights, self._layout.nbytes, 0, self._layout.fingerprint)
-        size = len(encode_head(_manifest(blank, self._layout))) + self._layout.nbytes
+        manifest = _manifest(blank, self._layout)
+        start = len(encode_head(manifest))
+        size = start + self._layout.nbytes
         slots = self._slots.setdefault(directory, Slots(directory, size))
         slot = slots.begin([whole.slot for whole in self._whole])
         try:
-            header, checksums = _fill(slot.data, _manifest(blank, self._layout), payload)
+            header, checksums = _fill(slot.data, start, manifest, payload)
             slot.finish(directory / file_name(weights))
         except OSError:
             slots.drop(slot)
             raise
-        data = torch.from_numpy(slot.data)[size - self._layout.nbytes :]
+        data = torch.from_numpy(slot.data)[start:]
         return _Whole(WeightFile(slot.path, header, size, checksums), slot, data)
 
     def _in_some_directory(self, weights: WeightsId, write: Callable[[Path], T]) -> T:
@@ -150,10 +152,11 @@ def _manifest(header: Header, layout: Layout, base: WeightsId | None = None) -> 
     return Manifest(header, [0] * -(-layout.nbytes // BUCKET_BYTES), layout, base)
 
 
-def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> tuple[Header, tuple[int, ...]]:
-    """The whole file; its header and the checksums of the buckets. Copied and hashed piece by piece; the head, whose
-    checksums are known last, comes last."""
-    start = len(encode_head(manifest))
+def _fill(
+    out: npt.NDArray[np.uint8], start: int, manifest: Manifest, payload: Tensor
+) -> tuple[Header, tuple[int, ...]]:
+    """The whole file, whose payload begins at `start`; its header and the checksums of the buckets. Copied and hashed
+    piece by piece; the head, whose checksums are known last, comes last."""
     source = payload.numpy()
 
     def fill(first: int) -> int:
@@ -176,8 +179,9 @@ def _fill(out: npt.NDArray[np.uint8], manifest: Manifest, payload: Tensor) -> tu
 
 def _write_delta(directory: Path, header: Header, delta: Delta, base: WeightsId) -> WeightFile:
     manifest = _manifest(header, delta.layout, base)
-    data = np.empty(len(encode_head(manifest)) + delta.layout.nbytes, np.uint8)
-    _, checksums = _fill(data, manifest, delta.payload)
+    start = len(encode_head(manifest))
+    data = np.empty(start + delta.layout.nbytes, np.uint8)
+    _, checksums = _fill(data, start, manifest, delta.payload)
     final = directory / file_name(header.weights, base)
     partial = directory / f"{PARTIAL}{final.name}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -109,6 +110,16 @@ def finish(batcher: Batcher) -> dict[int, Chunk]:
             assert chunk.request_id not in chunks
             chunks[chunk.request_id] = chunk
     return chunks
+
+
+def finish_in_pieces(batcher: Batcher) -> dict[int, list[Chunk]]:
+    """As `finish`, where a request comes in many chunks; each covers its tokens."""
+    pieces: dict[int, list[Chunk]] = defaultdict(list)
+    while batcher.has_work:
+        for chunk in batcher.step():
+            assert_covers(chunk)
+            pieces[chunk.request_id].append(chunk)
+    return pieces
 
 
 def assert_covers(chunk: Chunk) -> None:

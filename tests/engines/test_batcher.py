@@ -14,6 +14,7 @@ from engine_cases import (
     assert_covers,
     configs,
     finish,
+    finish_in_pieces,
     generate,
     generate_over_swap,
     make_batcher,
@@ -314,11 +315,7 @@ def test_segments_join_to_the_whole(llama: Model) -> None:
     whole = run(make_batcher(llama), [request(one.id, one.prompt, 17, stop=one.stop) for one in requests])
     batcher = make_batcher(llama)
     batcher.submit(requests)
-    pieces: dict[int, list[Any]] = {one.id: [] for one in requests}
-    while batcher.has_work:
-        for chunk in batcher.step():
-            assert_covers(chunk)
-            pieces[chunk.request_id].append(chunk)
+    pieces = finish_in_pieces(batcher)
     for one in requests:
         *unfinished, last = pieces[one.id]
         assert all(len(chunk.tokens) == 5 and chunk.finish_reason is None for chunk in unfinished)

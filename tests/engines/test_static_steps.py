@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_cases import assert_covers, configs, finish, make_batcher, make_model, prompts, request, run, swap
+from engine_cases import (
+    assert_covers,
+    configs,
+    finish,
+    finish_in_pieces,
+    make_batcher,
+    make_model,
+    prompts,
+    request,
+    run,
+    swap,
+)
 
 from async_rl.engines.batcher import Batcher
 from async_rl.engines.static_steps import StaticSteps
@@ -140,11 +151,7 @@ def test_segments_are_whole(llama: Model, segment: int) -> None:
     requests = [request(i, (1, 2, 3 + i), 9, segment_tokens=segment) for i in range(4)]
     whole = run(make_batcher(llama), [request(one.id, one.prompt, 9) for one in requests])
     batcher.submit(requests)
-    pieces: dict[int, list[Any]] = {one.id: [] for one in requests}
-    while batcher.has_work:
-        for chunk in batcher.step():
-            assert_covers(chunk)
-            pieces[chunk.request_id].append(chunk)
+    pieces = finish_in_pieces(batcher)
     for one in requests:
         found = pieces[one.id]
         assert {len(chunk.tokens) for chunk in found[:-1]} <= {segment}
