@@ -46,6 +46,11 @@ together. A step is one mini-batch and one epoch of the policy; the critic, whic
 several (`critic.epochs`). Its `coef` scales its loss before its own `clip_norm`: no trade-off with the policy. A reward
 model scores the last sequence of a rollout at its last token and must have the policy's tokenizer; it scores on the
 learner, so groups are not filtered by such a reward.
+
+The coefficient of a KL in the reward is `kl_coef`, or starts there: with `algorithm.options = { kl_target = 6.0 }` it
+rises after a step whose rollouts had more nats of KL each, and falls where they had fewer, by a fifth in `kl_horizon`
+rollouts at most (`adaptive_kl.py`, Ziegler et al. 1909.08593: 6 and 10000). It is part of checkpoints. In the metrics
+`kl_coef` is what a step used, `kl_rollout` the KL of its rollouts.
 """
 
 

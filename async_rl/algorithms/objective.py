@@ -11,14 +11,13 @@ leaves every term of the numerator and stays in the denominator.
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from async_rl.algorithms.adaptive_kl import HORIZON as KL_HORIZON
 from async_rl.algorithms.aggregation import Aggregation, token_scale
 from async_rl.algorithms.batch import CleanBatch, LossOutput, Normaliser, TokenBatch
 from async_rl.algorithms.dppo import dppo_mask
@@ -29,6 +28,7 @@ from async_rl.algorithms.kimi import kimi_advantage, kimi_tokens
 from async_rl.algorithms.kl import K3_BOUND, KLEstimator, kl_estimate, kl_slope
 from async_rl.algorithms.metrics import loss_stats, weight_stats
 from async_rl.algorithms.opsm import opsm_mask
+from async_rl.algorithms.parts import check_parts
 from async_rl.algorithms.ppo_clip import ppo_clip
 from async_rl.algorithms.proximal import loglinear_proximal
 from async_rl.algorithms.ratios import log_ratio
@@ -39,28 +39,6 @@ from async_rl.algorithms.topr import topr
 
 SurrogateName = Literal["ppo_clip", "gspo", "sapo", "reinforce", "cispo", "aipo", "topr", "kimi", "kimi_squared"]
 AdvantageName = Literal["group", "max", "tau_log_z", "critic"]
-INFINITY = float("inf")
-
-BOUNDS: dict[str, tuple[float, float]] = {
-    "ddof": (0, 1),
-    "advantage_eps": (0, 1),
-    "reward_clip": (0, INFINITY),
-    "clip_low": (0, INFINITY),
-    "clip_high": (0, INFINITY),
-    "dual_clip": (1, INFINITY),
-    "rho": (0, INFINITY),
-    "tau": (0, INFINITY),
-    "tau_positive": (0, INFINITY),
-    "tau_negative": (0, INFINITY),
-    "guard_low": (0, INFINITY),
-    "guard_high": (0, INFINITY),
-    "veto": (0, 1),
-    "opsm_delta": (0, INFINITY),
-    "dppo_low": (0, 1),
-    "dppo_high": (0, 1),
-    "kl_coef": (0, INFINITY),
-    "entropy_coef": (-INFINITY, INFINITY),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +83,17 @@ class Objective:
     kl_in: Literal["loss", "reward"] = "loss"
     """reward: the caller shapes the rewards (reward_shaping.py) and the loss has no KL term."""
     kl_coef: float = 0.0
+    kl_target: float | None = None
+    """For a KL in the reward: `kl_coef` is where the coefficient starts, which then steers the KL of a rollout to so
+    many nats (adaptive_kl.py). None: it stays."""
+    kl_horizon: float = KL_HORIZON
+    """Rollouts in which an adaptive coefficient changes by a fifth at most."""
     kl_ratio_weighted: bool = True
     entropy_coef: float = 0.0
     aggregation: Aggregation = "token_mean"
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), hints[field.name])
+        check_parts(self)
         if self.old == "behaviour" and (self.guard != "none" or self.veto is not None):
             raise ValueError(
                 f"guard = {self.guard!r}, veto = {self.veto!r} with old = 'behaviour': guards act on "
@@ -129,6 +110,18 @@ class Objective:
             )
         if self.kl == "none" and self.kl_coef > 0:
             raise ValueError(f"kl_coef = {self.kl_coef!r} with kl = 'none': set kl to 'k1', 'k2' or 'k3'")
+        self._check_adaptive_kl()
+
+    def _check_adaptive_kl(self) -> None:
+        if self.kl_target is None:
+            if self.kl_horizon != KL_HORIZON:
+                raise ValueError(f"kl_horizon = {self.kl_horizon!r} without kl_target: write kl_target = 6.0")
+        elif self.kl_in != "reward" or not self.needs_reference:
+            raise ValueError(
+                f"kl_target = {self.kl_target!r} with kl = {self.kl!r}, kl_in = {self.kl_in!r}, kl_coef = "
+                f"{self.kl_coef!r}: what adapts is the coefficient of a KL in the reward, from above 0; write "
+                "kl = 'k1', kl_in = 'reward' and kl_coef = 0.1, or no kl_target"
+            )
 
     @property
     def needs_reference(self) -> bool:
@@ -275,33 +268,3 @@ class Objective:
         old_T = b.proximal_T if self.old == "proximal" else b.behaviour_T
         weight_T = log_ratio(b.logp_T, old_T).exp_().mul_(guarded.weight_T)
         return weight_T * kl_T, slope_T.add_(kl_T).mul_(weight_T)  # (u k)' = u (k + k')
-
-
-def _allowed(hint: Any) -> tuple[Any, ...]:
-    """The literals and types a field admits."""
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    if typing.get_args(hint):
-        return tuple(option for part in typing.get_args(hint) for option in _allowed(part))
-    return (hint,)
-
-
-def _check(name: str, value: object, hint: Any) -> None:
-    allowed = _allowed(hint)
-    if value is None and type(None) in allowed:
-        return
-    literals = [option for option in allowed if isinstance(option, str)]
-    if literals:
-        if value not in literals:
-            raise ValueError(f"{name} = {value!r}: write one of {', '.join(map(repr, literals))}")
-        return
-    if bool in allowed:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} = {value!r}: write true or false")
-        return
-    low, high = BOUNDS[name]
-    whole = int in allowed
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not low <= float(typing.cast(float, value)) <= high:
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"{name} = {value!r}: write {kind} from {low:g} to {high:g}")

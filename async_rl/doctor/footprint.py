@@ -133,7 +133,7 @@ def _models(run: Run, policy: int) -> tuple[dict[str, int], int, int]:
 
     policy: its parameters. A frozen model keeps its matrices in the dtype of the products: nearly all of it.
     """
-    objective = build_objective(run.algorithm)
+    objective = build_objective(run)
     frozen_bytes = getattr(torch, run.learner.dtype).itemsize
 
     def parameters(path: str, field: str) -> int:

@@ -57,6 +57,8 @@ class Position(msgspec.Struct, frozen=True):
     """The first step whose composed batch is not included; equal to `version`."""
     seed: int
     format: int = FORMAT
+    kl_coef: float | None = None
+    """Of the KL in the reward from here on, where it adapts (learner.kl_coefficient)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
     group      A_i  = formula of the preset over the rewards of the group, R_i - beta sum_t (behaviour - reference)_t
     critic     r_t  = -beta (behaviour - reference)_t + 1[t = last] R;   A, returns = GAE(r, V), A whitened
 
-beta is `kl_coef` where the preset has its KL in the reward, else 0. Everything is of the whole step, which every rank
-holds, so nothing depends on micro-batches or ranks. Axis suffixes: learner.batch, and
+beta is the coefficient of the step (learner.kl_coefficient) where the preset has its KL in the reward, else 0.
+Everything is of the whole step, which every rank holds, so nothing depends on micro-batches or ranks. Axis suffixes:
+learner.batch, and
     M  trained tokens of the step, in order
 """
 
@@ -54,19 +55,26 @@ def group_advantages(objective: Objective, rows: BaselineRows, penalty_N: Tensor
     return objective.advantages(rewards_B, group_B, torch.from_numpy(rows.in_step_B))[row_N]
 
 
-def kl_penalty(objective: Objective, step: StepBatch, reference_A: Tensor) -> Tensor:
-    """[N] beta times the k1 of the sampling policy, summed over the trained tokens of each rollout."""
+def rollout_kl(step: StepBatch, reference_A: Tensor) -> Tensor:
+    """[N] the k1 of the sampling policy in nats, summed over the trained tokens of each rollout."""
     token_M, rollout_M = trained_tokens(step)
     kl_M = torch.from_numpy(step.behaviour_A[token_M]) - reference_A[token_M]
-    return objective.kl_coef * torch.zeros(step.num_rollouts).index_add_(0, rollout_M, kl_M)
+    return torch.zeros(step.num_rollouts).index_add_(0, rollout_M, kl_M)
 
 
 def critic_estimates(
-    objective: Objective, critic: Critic, step: StepBatch, values_A: Tensor, reference_A: Tensor | None, bound: int
+    objective: Objective,
+    critic: Critic,
+    step: StepBatch,
+    values_A: Tensor,
+    reference_A: Tensor | None,
+    *,
+    kl_coef: float,
+    bound: int,
 ) -> CriticEstimates:
     """GAE over the trained tokens of each rollout, in order over all its sequences; observations are stepped over.
 
-    bound: tokens that are more versions old have values and rewards, and no advantage.
+    kl_coef: beta. bound: tokens that are more versions old have values and rewards, and no advantage.
     """
     token_M, rollout_M = trained_tokens(step)
     behaviour_M, values_M = torch.from_numpy(step.behaviour_A[token_M]), values_A[token_M]
@@ -74,7 +82,7 @@ def critic_estimates(
     reference_M = reference_A[token_M] if in_reward and reference_A is not None else behaviour_M
     score_N = torch.from_numpy(step.rewards_N).clamp(-objective.reward_clip, objective.reward_clip)
     every_M = torch.ones_like(token_M, dtype=torch.bool)
-    shaped = kl_shaped_rewards(behaviour_M, reference_M, score_N, every_M, rollout_M, beta=objective.kl_coef)
+    shaped = kl_shaped_rewards(behaviour_M, reference_M, score_N, every_M, rollout_M, beta=kl_coef)
     advantages_M, returns_M = gae(shaped.rewards_T, values_M, every_M, rollout_M, gamma=critic.gamma, lam=critic.lam)
     fresh_M = step.version - torch.from_numpy(step.version_A[token_M]) <= bound
     active_M = fresh_M & ~score_N.isnan()[rollout_M]

@@ -24,7 +24,8 @@ from async_rl.learner import critic, reference
 from async_rl.learner.batch import StepBatch
 from async_rl.learner.critic import Critic
 from async_rl.learner.distributed import Ranks
-from async_rl.learner.estimates import CriticEstimates, critic_estimates, group_advantages, kl_penalty
+from async_rl.learner.estimates import CriticEstimates, critic_estimates, group_advantages, rollout_kl
+from async_rl.learner.kl_coefficient import KLCoefficient, mean
 from async_rl.learner.offload import Resident
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.reference import ReferencePolicy
@@ -40,6 +41,8 @@ class Estimates:
     """[N]; 0 where a critic gives them per token."""
     reference_A: Tensor | None
     critic: CriticEstimates | None
+    kl_N: Tensor | None
+    """[N] nats of each rollout, where the KL is in the reward."""
     metrics: dict[str, float]
 
 
@@ -57,6 +60,7 @@ class Roles:
         self.reference = ReferencePolicy(run, ranks, checkpoint) if objective.needs_reference else None
         self.critic = Critic(run, ranks, checkpoint) if objective.needs_critic else None
         self.reward_model = RewardModel(run, ranks, tokenizer) if run.reward_model.path else None
+        self.kl_coefficient = KLCoefficient(objective)
 
     def parts(self) -> list[Part]:
         """What a checkpoint holds of them: what training changes. The others are where the recipe says."""
@@ -81,16 +85,25 @@ class Roles:
         """bound: the highest lag a token with weight may have. Raises Abandoned."""
         objective, metrics = self._objective, dict[str, float]()
         reference_A = None if self.reference is None else self.reference.logprobs(step, abandon)
-        penalty_N: Tensor | None = None
+        kl_N: Tensor | None = None
+        kl_coef = self.kl_coefficient.value
         if reference_A is not None and objective.kl_in == "reward":
-            penalty_N = kl_penalty(objective, step, reference_A)
-            metrics["kl_penalty"] = float(penalty_N.mean()) if len(penalty_N) else 0.0
+            kl_N = rollout_kl(step, reference_A)
+            kl = mean(kl_N) if len(kl_N) else 0.0
+            metrics = {"kl_coef": kl_coef, "kl_rollout": kl, "kl_penalty": kl_coef * kl}
         if self.critic is None:
-            advantages_N = group_advantages(objective, step.baseline, penalty_N)
-            return Estimates(advantages_N, reference_A, None, metrics)
+            advantages_N = group_advantages(objective, step.baseline, None if kl_N is None else kl_coef * kl_N)
+            return Estimates(advantages_N, reference_A, None, kl_N, metrics)
         values_A = self.critic.values(step, abandon)
-        valued = critic_estimates(objective, self._run.critic, step, values_A, reference_A, bound)
-        return Estimates(torch.zeros(step.num_rollouts), reference_A, valued, metrics)
+        valued = critic_estimates(
+            objective, self._run.critic, step, values_A, reference_A, kl_coef=kl_coef, bound=bound
+        )
+        return Estimates(torch.zeros(step.num_rollouts), reference_A, valued, kl_N, metrics)
+
+    def steer(self, estimates: Estimates) -> None:
+        """Once a step is done for good, also where its update was skipped: an abandoned one is trained on again."""
+        if estimates.kl_N is not None:
+            self.kl_coefficient.update(estimates.kl_N)
 
     def after_step(self, policy: PackedPolicy, version: int) -> None:
         """`version`: of the policy now."""

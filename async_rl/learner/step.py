@@ -97,7 +97,9 @@ class TrainStep:
         allowed = "kept_tokens" in metrics and skip_reason(metrics) is None
         if critic is not None and valued is not None and critic_totals is not None:
             metrics |= critic.update(step, valued, critic_totals)
-        return metrics | self._optimisation.update(step.version, totals, allowed=allowed)
+        metrics |= self._optimisation.update(step.version, totals, allowed=allowed)
+        self._roles.steer(estimates)
+        return metrics
 
     def _loss(
         self, step: StepBatch, rollouts: list[int], estimates: Estimates, whole: Normaliser

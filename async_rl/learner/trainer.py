@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from async_rl.algorithms.adaptive_kl import CLIP as ADAPTIVE_KL_CLIP
 from async_rl.algorithms.objective import Objective
 from async_rl.algorithms.presets import preset
-from async_rl.config import Algorithm, Model, Run
+from async_rl.config import Model, Run
 from async_rl.errors import ProtocolError, UserError
 from async_rl.learner import checkpoint, commands
 from async_rl.learner.batch import flatten
@@ -99,7 +100,7 @@ class Learner:
         elif not run.colocated:  # else it starts off the device
             self.model.to(self.ranks.device)  # pyright: ignore[reportArgumentType]
         self._optimisation = Optimisation(policy.parameters(), run.optimizer, run.steps, self.ranks)
-        objective, resumed = build_objective(run.algorithm), None if found is None else found[0]
+        objective, resumed = build_objective(run), None if found is None else found[0]
         self._policy = policy
         with checkpoint.no_progress_bars():
             self.roles = Roles(run, objective, self.ranks, self.tokenizer, resumed)
@@ -114,6 +115,7 @@ class Learner:
             path, position = found
             checkpoint.restore(path, self.parts, self.ranks)
             self.version, self.lineage = position.version, position.lineage
+            self.roles.kl_coefficient.restore(position.kl_coef)
             self.resumed_from = WeightsId(position.lineage, position.version)
 
     @property
@@ -175,7 +177,9 @@ class Learner:
         Raises:
             UserError: the former checkpoint could not be written, or takes too long.
         """
-        position = checkpoint.Position(self.version, self.lineage, self.version, self._run.seed)
+        position = checkpoint.Position(
+            self.version, self.lineage, self.version, self._run.seed, kl_coef=self.roles.kl_coefficient.saved
+        )
 
         def take() -> checkpoint.Content:
             if self._sharded and self.ranks.rank == 0:
@@ -227,9 +231,16 @@ class Learner:
             self.ranks.stop()
 
 
-def build_objective(algorithm: Algorithm) -> Objective:
+def build_objective(run: Run) -> Objective:
     """Raises UserError naming the preset or the option."""
     try:
-        return preset(algorithm.preset, **algorithm.options)
+        objective = preset(run.algorithm.preset, **run.algorithm.options)
     except (ValueError, TypeError) as error:
         raise UserError(f"algorithm: {error}") from None
+    least = ADAPTIVE_KL_CLIP * run.step_rollouts
+    if objective.kl_target is not None and objective.kl_horizon <= least:
+        raise UserError(
+            f"algorithm: kl_horizon = {objective.kl_horizon!r}: one step of {run.step_rollouts} rollouts could turn "
+            f"kl_coef negative; write more than {least:g}"
+        )
+    return objective

@@ -32,6 +32,11 @@ def test_override_replaces_one_part_only():
         ("grpo", {"kl_ratio_weighted": 1}, r"kl_ratio_weighted = 1: write true or false"),
         ("grpo", {"guard": "mask"}, r"guard = 'mask', veto = None with old = 'behaviour': .* set old = 'proximal'.*"),
         ("dapo", {"kl_coef": 0.1}, r"kl_coef = 0.1 with kl = 'none': set kl to 'k1', 'k2' or 'k3'"),
+        ("ppo", {"kl_target": 0.0}, r"kl_target = 0.0: write a number above 0"),
+        ("ppo", {"kl_target": 6, "kl_horizon": float("inf")}, r"kl_horizon = inf: write a number above 0"),
+        ("ppo", {"kl_horizon": 99}, r"kl_horizon = 99 without kl_target: write kl_target = 6.0"),
+        ("grpo", {"kl_target": 6}, r"kl_target = 6 with kl = 'k3', kl_in = 'loss', kl_coef = 0.04: .* or no kl_target"),
+        ("ppo", {"kl_target": 6, "kl_coef": 0}, r"kl_target = 6 with kl = 'k1', .*, kl_coef = 0: .* or no kl_target"),
         ("async_default", {"clip_low": None}, r"clip_low = None: write a number from 0 to inf"),
     ],
 )

@@ -53,7 +53,7 @@ def test_resume_equals_never_stopping(ranks: Ranks, tmp_path: Path) -> None:
     assert before + train(second, 3) == expected
     assert torch.equal(snapshot(second), snapshot(straight))
     assert msgspec.json.decode((path / "trainer.json").read_bytes()) == {
-        "version": 3, "lineage": 7, "ledger_position": 3, "seed": run.seed, "format": 1,
+        "version": 3, "lineage": 7, "ledger_position": 3, "seed": run.seed, "format": 1, "kl_coef": None,
     }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def reference(run: Run, model: PreTrainedModel, rollouts: list[TrainRollout]) ->
                     behaviour.append(float(recorded[t]))
                     rollout_T.append(index)
             row += 1
-    objective = build_objective(run.algorithm)
+    objective = build_objective(run)
     rewards_N, group_N = torch.from_numpy(step.rewards_N), torch.from_numpy(step.group_N)
     mask_T, sequence_T = torch.ones(len(logp), dtype=torch.bool), torch.tensor(rollout_T)
     tokens = TokenBatch(

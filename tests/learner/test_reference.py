@@ -15,7 +15,7 @@ from async_rl.algorithms.presets import PRESETS, preset
 from async_rl.config import Algorithm, Model, Reference, Run
 from async_rl.learner.batch import flatten, pack
 from async_rl.learner.distributed import Ranks
-from async_rl.learner.estimates import group_advantages, kl_penalty
+from async_rl.learner.estimates import group_advantages, rollout_kl
 from async_rl.learner.frozen import Frozen
 from async_rl.learner.optimisation import never
 from async_rl.learner.policy import PackedPolicy
@@ -68,7 +68,7 @@ def test_kl_in_the_reward_of_a_group(ranks: Ranks, tmp_path: Path) -> None:
         one = pack(step, [rollout], share_prompts=False)
         with torch.no_grad():
             penalties.append(0.05 * float((one.behaviour_K - policy(one.tokens).logp_K).sum()))
-    found = kl_penalty(objective, step, reference.logprobs(step, never))
+    found = 0.05 * rollout_kl(step, reference.logprobs(step, never))
     torch.testing.assert_close(found, torch.tensor(penalties), atol=1e-5, rtol=1e-5)
     shaped = torch.from_numpy(step.rewards_N) - torch.tensor(penalties)
     expected = objective.advantages(shaped, torch.from_numpy(step.group_N))

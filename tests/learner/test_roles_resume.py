@@ -28,9 +28,9 @@ BEFORE_THE_LOSSES = 9
 
 
 def everything(folder: Path) -> Run:
-    """PPO with all four models, the reference refreshed every two steps."""
+    """PPO with all four models, the reference refreshed every two steps, a KL coefficient that adapts."""
     return tiny_run(
-        algorithm=Algorithm(preset="ppo", options={"kl_coef": 0.2}),
+        algorithm=Algorithm(preset="ppo", options={"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 50}),
         optimizer=STEADY,
         reference=Reference(refresh_steps=2),
         critic=Critic(init="reward_model", optimizer=STEADY, epochs=3, clip=0.05),
@@ -68,6 +68,7 @@ def test_resume_equals_never_stopping(ranks: Ranks, tmp_path: Path) -> None:
     second = Learner(run, tmp_path / "stopped", ranks)
     assert second.version == 3
     assert before + train(second, 3) == expected
+    assert len({row["kl_coef"] for row in expected}) == 6, "it has adapted after every step"
     found = state(second)
     for name, tensor in state(straight).items():
         assert torch.equal(found[name], tensor), name
@@ -91,7 +92,8 @@ def test_a_reference_that_stays_is_not_part_of_a_checkpoint(ranks: Ranks, tmp_pa
 
 
 def train_with_others(rank: int, directory: str, run: Run) -> Any:
-    """One of two ranks. Rank 0 returns its metrics and the weights; all return how many rows of them they hold."""
+    """One of two ranks. Rank 0 returns its metrics and the weights; all return how many rows of them they hold, and the
+    coefficient of the KL."""
     ranks = Ranks.start(torch.device("cpu"))
     learner = Learner(run, Path(directory), ranks)
     rows: list[dict[str, float]] = []
@@ -108,7 +110,7 @@ def train_with_others(rank: int, directory: str, run: Run) -> Any:
     mine = {name: len(local(parameter)) for name, parameter in parameters(learner)}
     found = {name: tensor.numpy().copy() for name, tensor in gathered(parameters(learner), ranks)}
     ranks.stop()
-    return rows, found, mine
+    return rows, found, mine, learner.roles.kl_coefficient.value
 
 
 @pytest.mark.processes
@@ -117,17 +119,19 @@ def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any) -> Non
     """Also where a rank has a micro-batch without anything to train on."""
     run = everything(tmp_path / "models")
     shared = msgspec.structs.replace(run, learner=LearnerConfig(sharding=sharding, ranks=2))
-    (rows, found, mine), _ = in_ranks(2, train_with_others, str(tmp_path / "two"), shared)
+    (rows, found, mine, kl_coef), other = in_ranks(2, train_with_others, str(tmp_path / "two"), shared)
+    assert other[-1] == kl_coef, "every rank has the same, to the last bit"
     for name in ("policy/", "critic/model.", "reference/"):
         assert mine[f"{name}model.layers.0.mlp.up_proj.weight"] == (256 if sharding == "none" else 128)
     alone = Learner(run, tmp_path / "one", ranks)
     for expected, row in zip(train(alone, 3), rows, strict=True):
         for name in expected:
             assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    assert kl_coef == pytest.approx(alone.roles.kl_coefficient.value, rel=1e-5), "an abandoned step leaves it"
     for name, tensor in state(alone).items():
         torch.testing.assert_close(torch.from_numpy(found[name]), tensor, atol=1e-5, rtol=1e-4, msg=name)
     resumed = Learner(run, tmp_path / "two", ranks)
-    assert resumed.version == 3
+    assert resumed.version == 3 and resumed.roles.kl_coefficient.value == kl_coef
     for name, tensor in state(resumed).items():
         assert torch.equal(tensor, torch.from_numpy(found[name])), name
     for expected, row in zip(train(alone, 2), train(resumed, 2), strict=True):

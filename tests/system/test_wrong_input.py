@@ -35,6 +35,7 @@ def refused(cli: Any, *arguments: str) -> str:
         ("environment.module=nowhere.py", "there is no such file"),
         ("algorithm.preset=ppoo", "ppoo"),
         ("algorithm.options.clip_hihg=0.3", "clip_hihg"),
+        ("algorithm.options.kl_target=6.0", "kl_target = 6.0 with kl = 'none', kl_in = 'loss', kl_coef = 0.0"),
         ("model.tiny.heads=3", "model.tiny.hidden_size = 64: write a multiple of 2 * heads = 6"),
         ("learner.device=cuda:77", "learner.device = 'cuda:77'"),
     ],
