@@ -5,9 +5,10 @@ Head and body are one module, because whoever shards its parameters has to gathe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from async_rl.learner.packing import PackedTokens
 from async_rl.learner.sharding import shard
 
 ONE_TOKEN = (Family(0, (Block(1, 1),)),)
+T = TypeVar("T")
 
 
 def recompute(layers: nn.ModuleList) -> None:
@@ -87,7 +89,14 @@ class PackedPolicy(nn.Module):
 
     def hidden(self, tokens: PackedTokens) -> Tensor:
         """[K, H] after the last norm, at the positions that predict the trained tokens."""
-        return self._hidden(tokens)
+        return self.with_head(tokens, lambda hidden_KH, _: hidden_KH)
+
+    def with_head(self, tokens: PackedTokens, judge: Callable[[Tensor, Tensor], T]) -> T:
+        """What `judge` makes of the hidden states, [K, H] as in `hidden`, and the head's weights, [V, H].
+
+        Where parameters are spread over ranks the head is whole here and in the backward pass of what is returned; who
+        keeps its weights for longer copies them."""
+        return judge(self._hidden(tokens), cast(nn.Linear, self.model.get_output_embeddings()).weight)
 
     def _hidden(self, tokens: PackedTokens) -> Tensor:
         input_1T, position_1T, families = tokens.input_1T, tokens.position_1T, tokens.families

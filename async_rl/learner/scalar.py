@@ -22,7 +22,7 @@ from async_rl.config import Model
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.packed_attention import run_packed, use_packed_attention
 from async_rl.learner.packing import PackedTokens
-from async_rl.learner.policy import ONE_TOKEN, recompute
+from async_rl.learner.policy import ONE_TOKEN, compile_layers, recompute
 from async_rl.learner.sharding import shard
 from async_rl.models.loading import build_model, load_config, read
 
@@ -90,6 +90,10 @@ class PackedScalar(nn.Module):
         shard(self.head, (), ranks)
         shard(self, self._layers(), ranks, self._low)
         self._collective = True
+
+    def fuse(self) -> None:
+        """Fuse what is between matrix products, for a GPU; before `recompute_layers`."""
+        compile_layers(self._layers())
 
     def recompute_layers(self) -> None:
         """As `PackedPolicy.recompute_layers`."""

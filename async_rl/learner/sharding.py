@@ -32,8 +32,9 @@ BUCKET_BYTES = 64 << 20
 def shard(root: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, low: torch.dtype | None = None) -> None:
     """Keep 1/size of every parameter here, on this rank's device; one layer at a time is moved there whole.
 
-    root: the module whose calls are forward passes; a method `hidden` is one too. layers: those of its modules that are
-    gathered on their own. low: dtype that parameters are gathered and multiplied in; masters and sums stay as they are.
+    root: the module whose calls are forward passes; a method `with_head` is one too. layers: those of its modules that
+    are gathered on their own. low: dtype that parameters are gathered and multiplied in; masters and sums stay as they
+    are.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -42,8 +43,8 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, low: torch
         unit = cast(FSDPModule, module)
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_gradient_divide_factor(1.0)
-    if hasattr(root, "hidden"):
-        register_fsdp_forward_method(root, "hidden")
+    if hasattr(root, "with_head"):
+        register_fsdp_forward_method(root, "with_head")
 
 
 def spread(root: nn.Module) -> None:

@@ -75,7 +75,8 @@ class _TokenKL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         student_KH, student_VH, teacher_KD, teacher_VD = ctx.saved_tensors
         (grad_K,) = grads
-        grad_hidden, grad_weight = torch.zeros_like(student_KH), torch.zeros_like(student_VH)
+        grad_hidden = torch.zeros_like(student_KH)
+        grad_weight = torch.zeros_like(student_VH, dtype=torch.float32)  # chunks add up, whatever the head's dtype
         weight = student_VH[: ctx.vocabulary]
         with torch.autocast(student_KH.device.type, enabled=False):
             for start in range(0, len(student_KH), ctx.rows):
@@ -91,4 +92,4 @@ class _TokenKL(torch.autograd.Function):
                 grad = (grad * (grad_K[rows, None] / ctx.temperature)).to(student_KH.dtype)
                 grad_hidden[rows] = grad @ weight.to(grad.dtype)
                 grad_weight[: ctx.vocabulary] += grad.t() @ student_KH[rows]
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight.to(student_VH.dtype), None, None, None, None, None

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from async_rl.engines.sampling import rollout_key
 from async_rl.learner.distributed import Ranks
@@ -22,6 +21,7 @@ from async_rl.learner.frozen import Frozen
 from async_rl.learner.optimisation import Stats
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
+from async_rl.learner.sharding import whole
 from async_rl.learner.token_kl import token_kl
 from async_rl.stages.examples import Examples, pack_rows
 from async_rl.stages.recipe import StageRecipe
@@ -36,24 +36,25 @@ class Distillation:
     def __init__(
         self,
         recipe: StageRecipe,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        policy: PackedPolicy,
+        teacher: PackedPolicy | None,
         sampler: Sampler | None,
         ranks: Ranks,
+        *,
+        sharded: bool,
     ) -> None:
-        """teacher: None for cross-entropy on the data. sampler: of the student's or the teacher's architecture,
-        whichever speaks; None where nobody does."""
-        self.model, self._ranks, self._seed = model, ranks, recipe.seed
-        self._config, dtype = recipe.distill, recipe.learner.dtype
-        temperature = recipe.distill.temperature if recipe.distill.loss == "kl" else 1.0
-        self._temperature = temperature
-        self._policy = PackedPolicy(model, dtype=dtype)
-        self._teacher = self._frozen = None
-        speaks = teacher if recipe.distill.responses == "teacher" else model
-        self._speaker, self._sampler = speaks, sampler
+        """policy: the student. teacher: None for cross-entropy on the data. sampler: of the student's or the teacher's
+        architecture, whichever speaks; None where nobody does. sharded: the student is; so the teacher will be."""
+        self.model, self.module, self._ranks, self._seed = policy.model, policy, ranks, recipe.seed
+        self._config = recipe.distill
+        self._sampling_dtype: torch.dtype = getattr(torch, recipe.generator.dtype)
+        self._temperature = recipe.distill.temperature if recipe.distill.loss == "kl" else 1.0
+        self._teacher, self._frozen, self._sampler = teacher, None, sampler
+        self._speaker = teacher if recipe.distill.responses == "teacher" else policy
+        self._sharded = sharded
         if teacher is not None:
-            self._teacher = PackedPolicy(teacher, dtype=dtype)
-            self._frozen = Frozen(self._teacher, ranks.device, dtype=dtype)
+            spread_over = ranks if sharded else None
+            self._frozen = Frozen(teacher, ranks.device, dtype=recipe.learner.dtype, spread_over=spread_over)
 
     def batch(self, batch: Batch, step: int) -> Batch:
         """Sampled by all ranks together: each a share of the prompts."""
@@ -76,18 +77,22 @@ class Distillation:
         device = self._ranks.device
         packed = move(pack_rows(batch.examples, rows), device)
         if self._config.loss == "cross_entropy":
-            return -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens, {}
+            return -self.module(packed.tokens).logp_K.sum() / batch.trained_tokens, {}
         assert self._teacher is not None and self._frozen is not None
         with self._frozen.at_work():
-            teacher_KD = self._teacher.hidden(packed.tokens)
-        kl_K = token_kl(
-            self._policy.hidden(packed.tokens),
-            _head(self.model),
-            teacher_KD,
-            _head(self._teacher.model),
-            direction=self._config.direction,
-            temperature=self._temperature,
-        )
+            teacher_KD, teacher_VD = self._teacher.with_head(packed.tokens, self._kept)
+
+        def kl(hidden_KH: Tensor, weight_VH: Tensor) -> Tensor:
+            return token_kl(
+                hidden_KH,
+                weight_VH,
+                teacher_KD,
+                teacher_VD,
+                direction=self._config.direction,
+                temperature=self._temperature,
+            )
+
+        kl_K = self.module.with_head(packed.tokens, kl)
         return kl_K.sum() / batch.trained_tokens, {"kl": kl_K.detach().sum()}
 
     def metrics(self, batch: Batch, values: dict[str, float]) -> dict[str, float]:
@@ -109,11 +114,10 @@ class Distillation:
         """The same on every rank."""
         assert self._sampler is not None and self._speaker is not None
         mine = range(self._ranks.rank, len(prompts), self._ranks.size)
-        weights = {name: parameter.detach() for name, parameter in self._speaker.named_parameters()}
         limit = self._config.max_new_tokens
         said = self._sampler.sample(
             [prompts[number] for number in mine],
-            weights,
+            self._weights(self._speaker),
             [rollout_key(rollout_key(self._seed, step + 1), number) for number in mine],
             max_new_tokens=limit,
             temperature=self._config.temperature,
@@ -125,6 +129,14 @@ class Distillation:
         self._ranks.sum(together)  # each row was filled by one rank, and is 0 on the others
         return [row[1 : 1 + row[0]] for row in cast(list[Any], together.tolist())]
 
+    def _kept(self, hidden_KD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the teacher. The backward pass reads its head again, when one that is spread is not whole any more."""
+        return hidden_KD, weight_VD.clone() if self._sharded else weight_VD
 
-def _head(model: PreTrainedModel) -> Tensor:
-    return cast(nn.Linear, model.get_output_embeddings()).weight
+    def _weights(self, speaker: PackedPolicy) -> dict[str, Tensor]:
+        """What the engine copies; every rank has one, so that the whole model comes together on each of them."""
+        named = speaker.model.named_parameters()
+        if not self._sharded:
+            return {name: parameter.detach() for name, parameter in named}
+        with self._ranks.naming("the weights that sample"):
+            return {name: whole(parameter.detach().to(self._sampling_dtype)) for name, parameter in named}

@@ -52,13 +52,13 @@ def build_trainer(
         case "reward-model":
             with checkpoint.no_progress_bars():
                 scalar = PackedScalar.load(source, seed=recipe.seed, dtype=dtype)
-            scalar.to(ranks.device)
+            _prepare(scalar, recipe, ranks)
             margins = [value.margin if isinstance(value, Pair) else 0.0 for value in data.values]
             return RewardModelTrainer(scalar, ranks, margins, lambda: load_references(recipe), cap=cap)
         case "distill":
             return _distillation(recipe, source, ranks)
         case _:
-            return SFT(_policy(source, recipe, ranks), ranks.device, sharded=is_sharded(recipe, ranks))
+            return SFT(_policy(source, recipe, ranks), ranks.device)
 
 
 def _reference(
@@ -73,12 +73,13 @@ def _reference(
 
     def build() -> PreTrainedModel:
         _same_vocabulary(recipe, source, field)
-        return _model(source, recipe, ranks, field)
+        return _model(source, recipe, field)
 
+    sharded = is_sharded(recipe, ranks)
     if preference.reference == "per_step":
-        return PerStep(build(), ranks.device, dtype=dtype)
+        return PerStep(build(), ranks, dtype=dtype, sharded=sharded)
     file, cap = directory.path / REFERENCE_FILE, recipe.learner.microbatch_tokens
-    return cached(file, build, data.examples, ranks, dtype=dtype, cap=cap, stopping=stopping)
+    return cached(file, build, data.examples, ranks, dtype=dtype, sharded=sharded, cap=cap, stopping=stopping)
 
 
 def _distillation(recipe: StageRecipe, source: Model, ranks: Ranks) -> Trainer:
@@ -86,11 +87,12 @@ def _distillation(recipe: StageRecipe, source: Model, ranks: Ranks) -> Trainer:
     if distill.teacher and (distill.loss == "kl" or distill.responses == "teacher"):
         path, field = Model(path=distill.teacher), "distill.teacher"
         _same_vocabulary(recipe, path, field)
-        teacher = _model(path, recipe, ranks, field)
+        teacher = PackedPolicy(_model(path, recipe, field), dtype=recipe.learner.dtype)
     if distill.responses != "data":
         speaker = source if distill.responses == "student" else Model(path=distill.teacher)
         sampler = Sampler(recipe.generator, load_config(speaker), load_stop_tokens(speaker))
-    return Distillation(recipe, _model(source, recipe, ranks), teacher, sampler, ranks)
+    student = _policy(source, recipe, ranks)
+    return Distillation(recipe, student, teacher, sampler, ranks, sharded=is_sharded(recipe, ranks))
 
 
 def is_sharded(recipe: StageRecipe, ranks: Ranks) -> bool:
@@ -98,24 +100,27 @@ def is_sharded(recipe: StageRecipe, ranks: Ranks) -> bool:
 
 
 def _policy(source: Model, recipe: StageRecipe, ranks: Ranks) -> PackedPolicy:
-    """What is trained: spread over the ranks if the recipe says so."""
-    sharded = is_sharded(recipe, ranks)
-    with checkpoint.no_progress_bars():
-        model = build_model(source, seed=recipe.seed, dtype=torch.float32)
-    policy = PackedPolicy(model, dtype=recipe.learner.dtype)
-    if recipe.learner.compile:
-        policy.fuse()
-    if sharded:
-        policy.shard(ranks)
-    else:
-        policy.to(ranks.device)
+    """What is trained."""
+    policy = PackedPolicy(_model(source, recipe), dtype=recipe.learner.dtype)
+    _prepare(policy, recipe, ranks)
     return policy
 
 
-def _model(source: Model, recipe: StageRecipe, ranks: Ranks, field: str = "model.path") -> PreTrainedModel:
+def _prepare(trained: PackedPolicy | PackedScalar, recipe: StageRecipe, ranks: Ranks) -> None:
+    """As [learner] says: in place, and on this rank's device."""
+    if recipe.learner.compile:
+        trained.fuse()
+    if recipe.learner.activation_checkpointing:
+        trained.recompute_layers()
+    if is_sharded(recipe, ranks):
+        trained.shard(ranks)
+    else:
+        trained.to(ranks.device)
+
+
+def _model(source: Model, recipe: StageRecipe, field: str = "model.path") -> PreTrainedModel:
     with checkpoint.no_progress_bars():
-        model = build_model(source, seed=recipe.seed, dtype=torch.float32, field=field)
-    return model.to(ranks.device)  # pyright: ignore[reportArgumentType]
+        return build_model(source, seed=recipe.seed, dtype=torch.float32, field=field)
 
 
 def _same_vocabulary(recipe: StageRecipe, other: Model, field: str) -> None:

@@ -37,7 +37,7 @@ class PreferenceTrainer:
     ) -> None:
         """reference: None for SimPO, which has none."""
         assert (reference is None) == (preference.loss == "simpo"), "SimPO loads no reference, the others need one"
-        self.model, self._policy, self._device = policy.model, policy, device
+        self.model, self.module, self._device = policy.model, policy, device
         self._reference = reference
         self._kind: Literal["dpo", "dpo_norm", "simpo", "ipo"] = preference.loss
         self._beta = BETA[preference.loss] if preference.beta is None else preference.beta
@@ -49,7 +49,7 @@ class PreferenceTrainer:
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         packed = move(pack_rows(batch.examples, rows), self._device)
-        logp_s = summed_logprobs(self._policy, packed)
+        logp_s = summed_logprobs(self.module, packed)
         chosen_B, rejected_B = logp_s[0::2], logp_s[1::2]
         reference_s = None if self._reference is None else self._reference(packed)
         length_s = torch.from_numpy(batch.examples.trained_S)[packed.chosen_s.cpu()].to(self._device)

@@ -247,10 +247,6 @@ def _check_training(recipe: StageRecipe) -> None:
     _demand(one_model, "model", recipe.model.path or "nothing", "set exactly one of path and tiny")
     ranks = recipe.learner.ranks
     _demand(ranks == 1, "learner.ranks", ranks, "leave it out: a stage runs on as many ranks as torchrun starts")
-    sharding = recipe.learner.sharding
-    whole = stage.kind in ("reward-model", "distill")
-    instead = f"leave it out: {stage.kind} keeps the whole model on each rank"
-    _demand(sharding == "none" or not whole, "learner.sharding", sharding, instead)
     _demand("{prompt}" in stage.prompt_format, "stage.prompt_format", stage.prompt_format, "it needs {prompt}")
     only = [("gamma", preference.gamma is not None, ("simpo",)), ("label_smoothing", preference.label_smoothing > 0,
             ("dpo", "dpo_norm", "simpo")), ("reference_path", preference.reference_path != "", ("dpo", "dpo_norm",

@@ -37,9 +37,10 @@ class Reference(Protocol):
 class PerStep:
     """The model, beside the one that is trained."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, *, dtype: str) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks, *, dtype: str, sharded: bool = False) -> None:
+        """sharded: spread it over the ranks, as what is trained is."""
         self._policy = PackedPolicy(model, dtype=dtype)
-        self._frozen = Frozen(self._policy, device, dtype=dtype)
+        self._frozen = Frozen(self._policy, ranks.device, dtype=dtype, spread_over=ranks if sharded else None)
 
     def __call__(self, packed: PackedRows) -> Tensor:
         with self._frozen.at_work():
@@ -63,6 +64,7 @@ def cached(
     ranks: Ranks,
     *,
     dtype: str,
+    sharded: bool,
     cap: int,
     stopping: Callable[[], bool],
 ) -> Cached:
@@ -75,7 +77,7 @@ def cached(
     """
     if file.exists():
         return Cached(load_file(file)[NAME], ranks.device)
-    reference = PerStep(build(), ranks.device, dtype=dtype)
+    reference = PerStep(build(), ranks, dtype=dtype, sharded=sharded)
     logp_S = torch.zeros(len(examples.sequences.length_S), dtype=torch.float64, device=ranks.device)
     rows = range(len(examples))
     for places in plan(examples.tokens_of(rows), ranks=ranks.size, cap=cap)[ranks.rank]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from async_rl.algorithms.reward_model import kwise_loss, pair_loss
 from async_rl.batching.plan import plan
@@ -21,6 +20,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Stats
 from async_rl.learner.packing import move
 from async_rl.learner.scalar import PackedScalar
+from async_rl.learner.sharding import spread
 from async_rl.stages.examples import Examples, pack_rows
 from async_rl.stages.trainer import Batch
 
@@ -39,20 +39,16 @@ class RewardModelTrainer:
     ) -> None:
         """margin_N: by how much the two scores of a pair should differ; not used for rankings. references: rows whose
         first answers have mean score 0 in the end; None = those that were trained on. cap: tokens of a micro-batch."""
-        self._scalar, self._ranks, self._cap = scalar, ranks, cap
+        self.model, self.module, self._ranks, self._cap = scalar.model, scalar, ranks, cap
         self._margin_N = torch.tensor(margin_N, dtype=torch.float32)
         self._references = references
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._scalar.model
 
     def batch(self, batch: Batch, step: int) -> Batch:
         return batch
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         score_s, row_s = self._scores(batch.examples, rows)
-        loss = score_s.new_zeros(())
+        loss = score_s[:0].sum()  # 0; it depends on the parameters also where there is no row
         right, margin = score_s.new_zeros(()), score_s.new_zeros(())
         for number, row in enumerate(rows):
             ranked_K = score_s[row_s == number]
@@ -85,9 +81,10 @@ class RewardModelTrainer:
             score_s, row_s = self._scores(examples, [rows[place] for place in places])
             first_s = torch.from_numpy(np.diff(row_s.cpu().numpy(), prepend=-1) != 0).to(score_s.device)
             total += torch.stack([score_s[first_s].double().sum(), first_s.sum().double()])
+        spread(self.module)
         self._ranks.sum(total)
-        self._scalar.bias = float(total[0] / total[1])
-        return {"bias": self._scalar.bias, "references": int(total[1])}
+        self.module.bias = float(total[0] / total[1])
+        return {"bias": self.module.bias, "references": int(total[1])}
 
     def close(self) -> None:
         """Nothing was started."""
@@ -96,5 +93,5 @@ class RewardModelTrainer:
         """[s] float32 score of every answer of these rows, without bias, and which row it belongs to."""
         device = self._ranks.device
         packed = move(pack_rows(examples, rows), device)
-        score_K = self._scalar(packed.tokens)  # one a sequence, in the order in which they were packed
+        score_K = self.module(packed.tokens)  # one a sequence, in the order in which they were packed
         return score_K.new_zeros(len(packed.chosen_s)).index_copy(0, packed.sequence_K, score_K), packed.row_s

@@ -26,6 +26,7 @@ from async_rl.learner.checkpoint_writer import CheckpointWriter
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.optimisation import Abandoned, Optimisation, Totals
 from async_rl.learner.saved_parts import Part
+from async_rl.learner.sharding import spread
 from async_rl.models.flops import attention_share
 from async_rl.models.loading import load_tokenizer
 from async_rl.models.memory import trim_heap
@@ -167,7 +168,10 @@ class StageRun:
             return
         with torch.no_grad():
             batch = self.trainer.batch(Batch(self.data.examples, self.data.heldout), EVALUATION)
-            totals = self._pass(batch)
+            try:
+                totals = self._pass(batch)
+            finally:
+                spread(self.trainer.module)  # a checkpoint may be next: of what the optimiser knows
         metrics = self.trainer.metrics(batch, {**totals.values, "loss": totals.loss})
         self.journal.evaluated({"version": self.step, "rows": len(batch.rows), "loss": totals.loss, **metrics})
 

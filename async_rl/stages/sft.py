@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from async_rl.learner.logprobs import chunk_of
 from async_rl.learner.optimisation import Stats
@@ -24,19 +24,17 @@ from async_rl.stages.trainer import Batch
 class SFT:
     """A stages.trainer.Trainer."""
 
-    def __init__(self, policy: PackedPolicy, device: torch.device, *, sharded: bool) -> None:
-        """sharded: token accuracy is not measured, its head is nowhere whole."""
-        self.model, self._policy, self._device, self._sharded = policy.model, policy, device, sharded
+    def __init__(self, policy: PackedPolicy, device: torch.device) -> None:
+        self.model, self.module, self._device = policy.model, policy, device
 
     def batch(self, batch: Batch, step: int) -> Batch:
         return batch
 
     def loss(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Stats]:
         packed = move(pack_rows(batch.examples, rows), self._device)
-        if torch.is_grad_enabled() or self._sharded:
-            loss = -self._policy(packed.tokens).logp_K.sum() / batch.trained_tokens
-            return loss, {}
-        logp_K, hit_K = _judged(self._policy, packed.tokens.target_K, self._policy.hidden(packed.tokens))
+        if torch.is_grad_enabled():
+            return -self.module(packed.tokens).logp_K.sum() / batch.trained_tokens, {}
+        logp_K, hit_K = self.module.with_head(packed.tokens, partial(_judged, packed.tokens.target_K))
         return -logp_K.sum() / batch.trained_tokens, {"hits": hit_K.sum()}
 
     def metrics(self, batch: Batch, values: dict[str, float]) -> dict[str, float]:
@@ -52,9 +50,8 @@ class SFT:
         """Nothing was started."""
 
 
-def _judged(policy: PackedPolicy, target_K: Tensor, hidden_KH: Tensor) -> tuple[Tensor, Tensor]:
+def _judged(target_K: Tensor, hidden_KH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
     """[K] log-prob of each target, and whether it is the most likely token; in chunks, without gradient."""
-    weight_VH = cast(nn.Linear, policy.model.get_output_embeddings()).weight
     rows = max(1, chunk_of(hidden_KH.device) // weight_VH.shape[0])
     logps, hits = [hidden_KH.new_zeros(0, dtype=torch.float32)], [target_K.new_zeros(0, dtype=torch.bool)]
     for hidden, target in zip(hidden_KH.split(rows), target_K.split(rows), strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from async_rl.learner.optimisation import Stats
@@ -32,6 +32,11 @@ class Batch:
 
 class Trainer(Protocol):
     """One kind of stage."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose calls are the forward passes of what is trained: the one that is spread over ranks, if any is."""
+        ...
 
     @property
     def model(self) -> PreTrainedModel:

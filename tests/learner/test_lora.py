@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from learner_cases import in_ranks, message, ragged_rollouts, tiny_run
+from learner_cases import message, ragged_rollouts, tiny_run
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from async_rl.errors import UserError
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.trainer import Learner
 from async_rl.models.loading import build_model
+from tests.many_ranks import in_ranks
 
 SORT = Path(__file__).resolve().parents[2] / "recipes" / "sort.toml"
 

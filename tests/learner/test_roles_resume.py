@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from learner_cases import in_ranks, message, ragged_rollouts, save_scalar, tiny_run
+from learner_cases import message, ragged_rollouts, save_scalar, tiny_run
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -18,6 +18,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.optimisation import Abandoned
 from async_rl.learner.sharding import gathered, local
 from async_rl.learner.trainer import Learner
+from tests.many_ranks import in_ranks
 
 STEADY = Optimizer(learning_rate=1e-3, weight_decay=0.1, clip_norm=0.0, eps=1e-4)
 """Adam divides a gradient of about nothing by about nothing: eps keeps rounding from deciding."""

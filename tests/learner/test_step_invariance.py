@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learner_cases import in_ranks, message, ragged_rollouts, tiny_run
+from learner_cases import message, ragged_rollouts, tiny_run
 from torch import Tensor
 
 from async_rl.algorithms.batch import Normaliser, TokenBatch
@@ -21,6 +21,7 @@ from async_rl.learner.saved_parts import CheckpointCorrupt
 from async_rl.learner.sharding import gathered, local
 from async_rl.learner.trainer import Learner
 from async_rl.wire.messages import MicroBatches
+from tests.many_ranks import in_ranks
 
 Outcome = tuple[dict[str, float], dict[str, Tensor]]
 SAME = (

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from async_rl.models.text import encode
 from async_rl.stages import recipe as recipes
 from async_rl.stages.directory import StageDirectory
 from async_rl.stages.runner import StageRun, run
+from tests.many_ranks import in_ranks
 
 
 def ragged(path: Path, rows: int = 16) -> Path:
@@ -175,40 +172,22 @@ def test_data_that_changed_since_the_start_is_refused(ranks: Ranks, tmp_path: Pa
         stage_of(with_steps(recipe, 2), tmp_path / "run", ranks)
 
 
-def serve_rank(rank: int, port: int, file: str, directory: str, sharding: str, results: Connection) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def on_two_ranks(rank: int, file: str, directory: str) -> tuple[bool, list[float]]:
     recipe = recipe_of("sft", Path(file), stage={"steps": 3, "batch_rows": 5, "heldout_rows": 3},
-                       learner={"sharding": sharding}, checkpoint={"every_steps": 2})  # fmt: skip
+                       checkpoint={"every_steps": 2})  # fmt: skip
     directory_ = StageDirectory(Path(directory))
     if rank == 0:
         directory_.create(recipe)
     told: list[Any] = []
     complete = run(recipe, directory_, lambda kind, what: told.append((kind, what)))
-    results.send((complete, [what["loss"] for kind, what in told if kind in ("step", "evaluation")]))
+    return complete, [what["loss"] for kind, what in told if kind in ("step", "evaluation")]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: str) -> None:
-    """Also where they share the weights between them."""
+def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path) -> None:
+    """Each with all the weights; tests/stages/test_sharded.py is about ranks that share them."""
     file = ragged(tmp_path / "rows.jsonl")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ends, processes = [], []
-    for rank in range(2):
-        ours, theirs = context.Pipe()
-        arguments = (rank, port, str(file), str(tmp_path / "two"), sharding, theirs)
-        process = context.Process(target=serve_rank, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        ends.append(ours)
-        processes.append(process)
-    two = [end.recv() for end in ends]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    two = in_ranks(2, on_two_ranks, str(file), str(tmp_path / "two"))
     assert [complete for complete, _ in two] == [True, True] and two[1][1] == [], "only the first rank speaks"
     recipe = recipe_of("sft", file, stage={"steps": 3, "batch_rows": 5, "heldout_rows": 3})
     one: StageRun = stage_of(recipe, tmp_path / "one", ranks)
