@@ -256,7 +256,7 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Critic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The value network, where the algorithm has one (`ppo`). It shares no parameter with the policy."""
+    """The value network, where the algorithm has one (`ppo`, `async_ppo`). It shares no parameter with the policy."""
 
     init: Literal["policy", "reward_model"] = "policy"
     """policy: the model before training, with a head that says 0. reward_model: that of [reward_model] and its head."""
@@ -264,8 +264,9 @@ class Critic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Start from this directory instead: a causal language model, or one with a scalar head."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     gamma: float = 1.0
-    """Discount of GAE."""
+    """Discount of GAE and V-trace."""
     lam: float = 0.95
+    """Of both: 1 = whole returns, 0 = one step."""
     clip: float = 0.2
     """The value loss is clipped where a value moves further than this in one step, which takes several epochs."""
     epochs: int = 1

@@ -26,15 +26,15 @@ surrogate, "w" the guarded importance weight proximal / behaviour outside of it.
 """
 TAIL = """
 Not losses of a policy, and so no presets: DPO, IPO, SimPO (`preference.py`), reward models (`reward_model.py`), the
-critic (`gae.py`, `value_loss.py`, `whitening.py`, `reward_shaping.py`), PPO-ptx (`ppo_ptx.py`), V-trace (`vtrace.py`),
-TRPO (`trpo.py`), distillation (`distillation.py`), M2PO's mask (`m2po.py`, needs the whole step at once).
+critic (`gae.py`, `vtrace.py`, `value_loss.py`, `whitening.py`, `reward_shaping.py`), PPO-ptx (`ppo_ptx.py`), TRPO
+(`trpo.py`), distillation (`distillation.py`), M2PO's mask (`m2po.py`, needs the whole step at once).
 
 ## Models beside the policy
 
 | model | built where | what it says of a step |
 |---|---|---|
 | reference | the preset has a KL, `kl_coef` above 0 | log-probs of the trained tokens |
-| critic | the advantage is GAE | values of the states in which they were sampled |
+| critic | the advantage is GAE or V-trace | values of the states in which they were sampled |
 | reward model | `reward_model.path` is set | `weight * (score - bias)`, part of the reward of each rollout |
 
 Their options are in the sections `[reference]`, `[critic]` and `[reward_model]` of a recipe (`async_rl/config.py`).
@@ -51,6 +51,13 @@ The coefficient of a KL in the reward is `kl_coef`, or starts there: with `algor
 rises after a step whose rollouts had more nats of KL each, and falls where they had fewer, by a fifth in `kl_horizon`
 rollouts at most (`adaptive_kl.py`, Ziegler et al. 1909.08593: 6 and 10000). It is part of checkpoints. In the metrics
 `kl_coef` is what a step used, `kl_rollout` the KL of its rollouts.
+
+GAE takes the tokens as if the current policy had sampled them. V-trace (`vtrace.py`, IMPALA 1802.01561) weighs each
+difference of values by rho = min(current / behaviour, `rho_bar`), and how far back it is felt by `lam` times
+min(current / behaviour, `c_bar`); on policy it is GAE. It costs a forward pass of the policy before the step. The
+presets `async_ppo` and `impala` have it, any other with a critic takes it by `algorithm.options = { advantage =
+"vtrace" }`. A token is weighed once: rho joins the advantage only where the loss has no ratio (`reinforce` over
+behaviour). `vtrace_rho` in the metrics is the mean of rho, 1 on policy.
 """
 
 
@@ -60,7 +67,9 @@ def number(value: float | None) -> str:
 
 def advantage(o: Objective) -> str:
     if o.advantage != "group":
-        return {"max": "best of the group", "tau_log_z": "r - τ log Z", "critic": "GAE"}[o.advantage]
+        return {"max": "best of the group", "tau_log_z": "r - τ log Z", "critic": "GAE", "vtrace": "V-trace"}[
+            o.advantage
+        ]
     top = {"mean": "r - mean", "loo": "r - mean of others", "batch": "r - batch mean", "none": "r"}[o.center]
     group = "batch std" if o.center == "batch" else "std"
     scale = {"group": group, "batch": "batch std", "group_mean": "mean", "none": ""}[o.scale]

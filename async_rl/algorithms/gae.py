@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from async_rl.algorithms.padded_rows import PaddedRows
+
 
 @torch.no_grad()
 def gae(
@@ -26,21 +28,11 @@ def gae(
     lam: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
     """[T] advantages and [T] returns, 0 where not trainable. Tokens of a sequence are adjacent and in order."""
-    index_M = mask_T.nonzero().squeeze(1)  # M trainable tokens, padded to [N, L] for one pass over time
-    advantages_T, returns_T = torch.zeros_like(values_T), torch.zeros_like(values_T)
-    if len(index_M) == 0:
-        return advantages_T, returns_T
-    row_M, length_N = torch.unique_consecutive(sequence_T[index_M], return_inverse=True, return_counts=True)[1:]
-    start_N = length_N.cumsum(0) - length_N
-    column_M = torch.arange(len(index_M), device=index_M.device) - start_N[row_M]
-    rewards_NL = values_T.new_zeros(len(length_N), int(length_N.max()))
-    values_NL, advantages_NL = torch.zeros_like(rewards_NL), torch.zeros_like(rewards_NL)
-    rewards_NL[row_M, column_M] = rewards_T[index_M].to(values_T.dtype)
-    values_NL[row_M, column_M] = values_T[index_M]
-    next_value_N, running_N = torch.zeros_like(values_NL[:, 0]), torch.zeros_like(values_NL[:, 0])
+    rows = PaddedRows(mask_T, sequence_T)
+    rewards_NL, values_NL = rows.pad(rewards_T.to(values_T.dtype)), rows.pad(values_T)
+    advantages_NL = torch.zeros_like(values_NL)
+    next_value_N = running_N = values_NL.new_zeros(len(values_NL))
     for t in reversed(range(values_NL.shape[1])):  # padding has r = V = 0 and comes first: it leaves both at 0
         running_N = rewards_NL[:, t] + gamma * next_value_N - values_NL[:, t] + gamma * lam * running_N
         advantages_NL[:, t], next_value_N = running_N, values_NL[:, t]
-    advantages_T[index_M] = advantages_NL[row_M, column_M]
-    returns_T[index_M] = advantages_T[index_M] + values_T[index_M]
-    return advantages_T, returns_T
+    return rows.flat(advantages_NL), rows.flat(advantages_NL + values_NL)

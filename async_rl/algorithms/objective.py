@@ -38,7 +38,7 @@ from async_rl.algorithms.surrogate import Surrogate, with_slope
 from async_rl.algorithms.topr import topr
 
 SurrogateName = Literal["ppo_clip", "gspo", "sapo", "reinforce", "cispo", "aipo", "topr", "kimi", "kimi_squared"]
-AdvantageName = Literal["group", "max", "tau_log_z", "critic"]
+AdvantageName = Literal["group", "max", "tau_log_z", "critic", "vtrace"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,11 @@ class Objective:
 
     advantage: AdvantageName = "group"
     """group: `center` and `scale`. max: the reward where it is the group's best, else 0. tau_log_z: Kimi's. critic:
-    GAE.
+    GAE. vtrace: a critic's too, corrected for samples of older policies.
     """
+    rho_bar: float = 1.0
+    c_bar: float = 1.0
+    """V-trace's bounds of current / behaviour: in each difference of values, and in how far back it is felt."""
     center: Center = "mean"
     scale: Scale = "group"
     ddof: int = 1
@@ -103,14 +106,16 @@ class Objective:
         if self.kl_in == "reward" and self.kl not in ("k1", "none"):
             raise ValueError(f"kl = {self.kl!r} with kl_in = 'reward': rewards take k1 alone; write kl = 'k1'")
         whole = self.surrogate in ("gspo", "topr") or self.opsm_delta is not None
-        if self.advantage == "critic" and whole:
+        if self.needs_critic and whole:
             raise ValueError(
-                f"advantage = 'critic' with surrogate = {self.surrogate!r}, opsm_delta = {self.opsm_delta!r}: those "
-                "weigh whole sequences, a critic's advantages are per token; write ppo_clip and no opsm_delta"
+                f"advantage = {self.advantage!r} with surrogate = {self.surrogate!r}, opsm_delta = "
+                f"{self.opsm_delta!r}: those weigh whole sequences, a critic's advantages are per token; write "
+                "ppo_clip and no opsm_delta"
             )
         if self.kl == "none" and self.kl_coef > 0:
             raise ValueError(f"kl_coef = {self.kl_coef!r} with kl = 'none': set kl to 'k1', 'k2' or 'k3'")
         self._check_adaptive_kl()
+        self._check_vtrace()
 
     def _check_adaptive_kl(self) -> None:
         if self.kl_target is None:
@@ -122,6 +127,13 @@ class Objective:
                 f"{self.kl_coef!r}: what adapts is the coefficient of a KL in the reward, from above 0; write "
                 "kl = 'k1', kl_in = 'reward' and kl_coef = 0.1, or no kl_target"
             )
+
+    def _check_vtrace(self) -> None:
+        bounds = f"rho_bar = {self.rho_bar!r}, c_bar = {self.c_bar!r}"
+        if self.advantage != "vtrace" and (self.rho_bar, self.c_bar) != (1.0, 1.0):
+            raise ValueError(f"{bounds} with advantage = {self.advantage!r}: write advantage = 'vtrace', or neither")
+        if self.c_bar > self.rho_bar:
+            raise ValueError(f"{bounds}: V-trace cuts traces no later than differences; write c_bar <= rho_bar")
 
     @property
     def needs_reference(self) -> bool:
@@ -135,7 +147,17 @@ class Objective:
 
     @property
     def needs_critic(self) -> bool:
-        return self.advantage == "critic"
+        return self.advantage in ("critic", "vtrace")
+
+    @property
+    def needs_current(self) -> bool:
+        """Whether advantages need the current policy's log-probs of the whole step."""
+        return self.advantage == "vtrace"
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the loss weighs a token by current / behaviour itself, so that its advantage must not be."""
+        return self.old == "proximal" or self.surrogate not in ("reinforce", "kimi", "kimi_squared")
 
     def advantages(self, rewards_N: Tensor, group_N: Tensor, in_batch_N: Tensor | None = None) -> Tensor:
         """[N] advantages of a whole step (batch statistics need all of it); NaN = missing reward = 0.
@@ -154,8 +176,8 @@ class Objective:
                 return max_advantage(rewards_N, group_N)
             case "tau_log_z":
                 return kimi_advantage(rewards_N, group_N, tau=self.tau)
-            case "critic":
-                raise ValueError("advantage = 'critic' needs values: use gae.gae and TokenBatch.advantages_T")
+            case "critic" | "vtrace":
+                raise ValueError(f"advantage = {self.advantage!r} needs values: see learner.estimates.critic_estimates")
 
     def loss(self, tokens: TokenBatch, normaliser: Normaliser) -> LossOutput:
         """This micro-batch's part of the step's loss."""

@@ -15,6 +15,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "clip_low": (0, INFINITY),
     "clip_high": (0, INFINITY),
     "dual_clip": (1, INFINITY),
+    "rho_bar": (1e-6, INFINITY),
+    "c_bar": (0, INFINITY),
     "rho": (0, INFINITY),
     "tau": (0, INFINITY),
     "tau_positive": (0, INFINITY),

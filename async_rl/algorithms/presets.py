@@ -84,6 +84,27 @@ PRESETS: dict[str, Preset] = {
         "1707.06347 Eq. 7; 2203.02155 Eq. 2",
         "RLHF with a reward model, when a critic is affordable",
     ),
+    "async_ppo": Preset(
+        Objective(
+            advantage="vtrace",
+            guard="truncate",
+            guard_low=None,
+            guard_high=1.0,
+            veto=None,
+            kl="k1",
+            kl_in="reward",
+            kl_coef=0.02,
+        ),
+        "Decoupled PPO with a critic and V-trace, whose rho is w",
+        "1802.01561 Eq. 1; 2505.24298 Eq. 5",
+        "PPO with a critic in asynchronous training: values, advantages and weights know how old a token is",
+    ),
+    "impala": Preset(
+        _classic(surrogate="reinforce", advantage="vtrace"),
+        "IMPALA: actor-critic with V-trace",
+        "1802.01561 Sec. 4 (there with an entropy bonus, 0.01 or less)",
+        "the same gradient without clip, guard and reference",
+    ),
     "grpo": Preset(
         _classic(kl="k3", kl_coef=0.04, aggregation="seq_mean_token_mean"),
         "GRPO",

@@ -2,6 +2,7 @@
 
     group      A_i  = formula of the preset over the rewards of the group, R_i - beta sum_t (behaviour - reference)_t
     critic     r_t  = -beta (behaviour - reference)_t + 1[t = last] R;   A, returns = GAE(r, V), A whitened
+    V-trace    the same of V-trace(r, V, current / behaviour), whose rho joins A where the loss has no ratio of its own
 
 beta is the coefficient of the step (learner.kl_coefficient) where the preset has its KL in the reward, else 0.
 Everything is of the whole step, which every rank holds, so nothing depends on micro-batches or ranks. Axis suffixes:
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from async_rl.algorithms.gae import gae
 from async_rl.algorithms.objective import Objective
+from async_rl.algorithms.ratios import log_ratio
 from async_rl.algorithms.reward_shaping import kl_shaped_rewards
+from async_rl.algorithms.vtrace import vtrace
 from async_rl.algorithms.whitening import masked_whiten
 from async_rl.config import Critic
 from async_rl.learner.baselines import BaselineRows
@@ -36,6 +39,8 @@ class CriticEstimates(NamedTuple):
     """What they should have been."""
     active_A: Tensor
     """[A] bool: trained on, not too old, of a rollout with a reward."""
+    rho_A: Tensor | None
+    """V-trace's truncated current / behaviour; None: the estimate is GAE."""
 
 
 def group_advantages(objective: Objective, rows: BaselineRows, penalty_N: Tensor | None = None) -> Tensor:
@@ -68,13 +73,16 @@ def critic_estimates(
     step: StepBatch,
     values_A: Tensor,
     reference_A: Tensor | None,
+    current_A: Tensor | None = None,
     *,
     kl_coef: float,
     bound: int,
 ) -> CriticEstimates:
-    """GAE over the trained tokens of each rollout, in order over all its sequences; observations are stepped over.
+    """GAE, or V-trace where the objective says so, over the trained tokens of each rollout, in order over all its
+    sequences; observations are stepped over.
 
-    kl_coef: beta. bound: tokens that are more versions old have values and rewards, and no advantage.
+    current_A: log-probs of the policy before the step, for V-trace. kl_coef: beta. bound: tokens that are more versions
+    old have values and rewards, and no advantage.
     """
     token_M, rollout_M = trained_tokens(step)
     behaviour_M, values_M = torch.from_numpy(step.behaviour_A[token_M]), values_A[token_M]
@@ -83,18 +91,29 @@ def critic_estimates(
     score_N = torch.from_numpy(step.rewards_N).clamp(-objective.reward_clip, objective.reward_clip)
     every_M = torch.ones_like(token_M, dtype=torch.bool)
     shaped = kl_shaped_rewards(behaviour_M, reference_M, score_N, every_M, rollout_M, beta=kl_coef)
-    advantages_M, returns_M = gae(shaped.rewards_T, values_M, every_M, rollout_M, gamma=critic.gamma, lam=critic.lam)
+    decay, rho_M = {"gamma": critic.gamma, "lam": critic.lam}, None
+    if objective.advantage == "vtrace":
+        assert current_A is not None
+        ratios_M = log_ratio(current_A[token_M], behaviour_M).exp_()
+        bounds = {"rho_bar": objective.rho_bar, "c_bar": objective.c_bar}
+        traced = vtrace(shaped.rewards_T, values_M, ratios_M, every_M, rollout_M, **decay, **bounds)
+        returns_M, advantages_M, rho_M = traced
+    else:
+        advantages_M, returns_M = gae(shaped.rewards_T, values_M, every_M, rollout_M, **decay)
     fresh_M = step.version - torch.from_numpy(step.version_A[token_M]) <= bound
     active_M = fresh_M & ~score_N.isnan()[rollout_M]
     if critic.whiten:
         advantages_M = masked_whiten(advantages_M, active_M)
+    if rho_M is not None and not objective.has_ratio:
+        advantages_M = advantages_M * rho_M
 
     def spread(x_M: Tensor) -> Tensor:
         x_A = torch.zeros(len(step.version_A), dtype=x_M.dtype)
         x_A[token_M] = x_M if x_M.dtype == torch.bool else x_M.where(active_M, 0.0)
         return x_A
 
-    return CriticEstimates(spread(advantages_M), spread(values_M), spread(returns_M), spread(active_M))
+    rho_A = None if rho_M is None else spread(rho_M)
+    return CriticEstimates(spread(advantages_M), spread(values_M), spread(returns_M), spread(active_M), rho_A)
 
 
 def trained_tokens(step: StepBatch) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,12 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.estimates import CriticEstimates, critic_estimates, group_advantages, rollout_kl
 from async_rl.learner.kl_coefficient import KLCoefficient, mean
 from async_rl.learner.offload import Resident
+from async_rl.learner.passes import over_step
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.reference import ReferencePolicy
 from async_rl.learner.reward_model import RewardModel
 from async_rl.learner.saved_parts import Part
+from async_rl.learner.sharding import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Roles:
         checkpoint: Path | None = None,
     ) -> None:
         """checkpoint: what the run is resumed from. Raises UserError naming the path that is wrong."""
-        self._run, self._objective = run, objective
+        self._run, self._objective, self._ranks = run, objective, ranks
         self.reference = ReferencePolicy(run, ranks, checkpoint) if objective.needs_reference else None
         self.critic = Critic(run, ranks, checkpoint) if objective.needs_critic else None
         self.reward_model = RewardModel(run, ranks, tokenizer) if run.reward_model.path else None
@@ -81,8 +83,8 @@ class Roles:
         """The step with the rewards it is trained on, and metrics. Raises Abandoned."""
         return (step, {}) if self.reward_model is None else self.reward_model.reward(step, abandon)
 
-    def estimates(self, step: StepBatch, bound: int, abandon: Callable[[], bool]) -> Estimates:
-        """bound: the highest lag a token with weight may have. Raises Abandoned."""
+    def estimates(self, step: StepBatch, bound: int, policy: PackedPolicy, abandon: Callable[[], bool]) -> Estimates:
+        """bound: the highest lag a token with weight may have. policy: before its update. Raises Abandoned."""
         objective, metrics = self._objective, dict[str, float]()
         reference_A = None if self.reference is None else self.reference.logprobs(step, abandon)
         kl_N: Tensor | None = None
@@ -94,11 +96,21 @@ class Roles:
         if self.critic is None:
             advantages_N = group_advantages(objective, step.baseline, None if kl_N is None else kl_coef * kl_N)
             return Estimates(advantages_N, reference_A, None, kl_N, metrics)
+        current_A = self._current(policy, step, abandon) if objective.needs_current else None
         values_A = self.critic.values(step, abandon)
         valued = critic_estimates(
-            objective, self._run.critic, step, values_A, reference_A, kl_coef=kl_coef, bound=bound
+            objective, self._run.critic, step, values_A, reference_A, current_A, kl_coef=kl_coef, bound=bound
         )
+        if valued.rho_A is not None and valued.active_A.any():
+            metrics["vtrace_rho"] = float(valued.rho_A[valued.active_A].mean())
         return Estimates(torch.zeros(step.num_rollouts), reference_A, valued, kl_N, metrics)
+
+    def _current(self, policy: PackedPolicy, step: StepBatch, abandon: Callable[[], bool]) -> Tensor:
+        """[A] float32, 0 where a token is not trained on."""
+        try:
+            return over_step(lambda tokens: policy(tokens).logp_K, step, self._ranks, abandon)
+        finally:
+            spread(policy)
 
     def steer(self, estimates: Estimates) -> None:
         """Once a step is done for good, also where its update was skipped: an abandoned one is trained on again."""

@@ -3,13 +3,14 @@
     reward model   scores whole rollouts                     forward passes, without gradients: what they say of
     reference      log-probs of the trained tokens           the whole step is there before any loss is
     critic         values of the trained tokens
-    critic         value loss       -> gradients             GAE and whitening need all values of the step, and these
+    policy         their log-probs, for V-trace alone
+    critic         value loss       -> gradients             GAE, V-trace, whitening need all values of the step, which
     policy         objective        -> gradients             are the critic's old ones
     both           update
 
 The proximal policy of the decoupled objective is the one at the start of the step. A step is one mini-batch: no update
 happens before its last backward pass, so the current log-probs without gradient *are* the proximal ones, exactly, and
-no extra forward pass is made.
+no extra forward pass is made for them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class TrainStep:
             StalenessViolated: promise P1 does not hold; the weights have not changed.
         """
         step, rewards = self._roles.rewarded(step, abandon)
-        estimates = self._roles.estimates(step, self._bound, abandon)
+        estimates = self._roles.estimates(step, self._bound, self._policy, abandon)
         whole = normaliser(step, self._run.rollout.max_new_tokens)
         critic, valued = self._roles.critic, estimates.critic
         critic_totals = None if critic is None or valued is None else critic.accumulate(step, valued, abandon)

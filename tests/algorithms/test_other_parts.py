@@ -69,17 +69,53 @@ def test_gae_limits(seed, lengths):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
+def masked_sequences(seed, lengths):
+    mask = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < 0.7
+    return mask, torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=4)
+SHARES = st.floats(0, 1)
+
+
 @examples
-@given(seed=SEEDS, size=st.integers(1, 8))
-def test_vtrace_on_policy_is_the_n_step_return(seed, size):
-    rewards, values = normal(seed, size), normal(seed + 1, size)
-    found = vtrace(rewards, values, torch.ones(size, dtype=torch.float64))
-    torch.testing.assert_close(found.targets_T, rewards.flip(0).cumsum(0).flip(0))
+@given(seed=SEEDS, lengths=LENGTHS, gamma=SHARES, lam=SHARES, bar=st.floats(1, 3))
+def test_vtrace_on_policy_is_gae(seed, lengths, gamma, lam, bar):
+    rewards, values = normal(seed, sum(lengths)), normal(seed + 1, sum(lengths))
+    where, decay = masked_sequences(seed, lengths), {"gamma": gamma, "lam": lam}
+    found = vtrace(rewards, values, torch.ones_like(values), *where, **decay, rho_bar=bar)
+    advantages, returns = gae(rewards, values, *where, **decay)
+    torch.testing.assert_close(found.advantages_T, advantages)
+    torch.testing.assert_close(found.targets_T, returns)
 
 
-def test_vtrace_of_an_empty_sequence():
-    empty = torch.zeros(0)
-    assert vtrace(empty, empty, empty).targets_T.shape == (0,)
+@examples
+@given(seed=SEEDS, lengths=LENGTHS, gamma=SHARES, lam=SHARES, rho_bar=st.floats(0.5, 2), c_bar=st.floats(0, 0.5))
+def test_vtrace_is_equation_1_token_by_token(seed, lengths, gamma, lam, rho_bar, c_bar):
+    total = sum(lengths)
+    rewards, values, ratios = normal(seed, total), normal(seed + 1, total), normal(seed + 2, total).exp()
+    mask, sequence = masked_sequences(seed, lengths)
+    bars = {"rho_bar": rho_bar, "c_bar": c_bar}
+    found = vtrace(rewards, values, ratios, mask, sequence, gamma=gamma, lam=lam, **bars)
+    for n in range(len(lengths)):
+        inside = mask & (sequence == n)
+        r, v, ratio = (x[inside].tolist() for x in (rewards, values, ratios))
+        v, end = [*v, 0.0], len(r)
+        delta = [min(rho_bar, ratio[t]) * (r[t] + gamma * v[t + 1] - v[t]) for t in range(end)]
+        c = [lam * min(c_bar, one) for one in ratio]
+        targets = [
+            v[s] + sum(gamma ** (t - s) * math.prod(c[s:t]) * delta[t] for t in range(s, end)) for s in range(end)
+        ]
+        after = [lam * target + (1 - lam) * value for target, value in zip([*targets[1:], 0.0], v[1:], strict=False)]
+        assert found.targets_T[inside].tolist() == pytest.approx(targets)
+        expected = [r[s] + gamma * after[s] - v[s] for s in range(end)]
+        assert found.advantages_T[inside].tolist() == pytest.approx(expected)
+    assert not any(x[~mask].any() for x in found)
+
+
+def test_vtrace_of_nothing():
+    empty, nobody = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    assert all(x.shape == (0,) for x in vtrace(empty, empty, empty, nobody.bool(), nobody))
 
 
 def test_reward_shaping_puts_the_score_on_the_last_trainable_token_only():

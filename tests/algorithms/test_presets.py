@@ -37,6 +37,14 @@ def test_override_replaces_one_part_only():
         ("ppo", {"kl_horizon": 99}, r"kl_horizon = 99 without kl_target: write kl_target = 6.0"),
         ("grpo", {"kl_target": 6}, r"kl_target = 6 with kl = 'k3', kl_in = 'loss', kl_coef = 0.04: .* or no kl_target"),
         ("ppo", {"kl_target": 6, "kl_coef": 0}, r"kl_target = 6 with kl = 'k1', .*, kl_coef = 0: .* or no kl_target"),
+        ("async_ppo", {"rho_bar": 0.0}, r"rho_bar = 0.0: write a number from 1e-06 to inf"),
+        ("async_ppo", {"c_bar": 2.0}, r"rho_bar = 1.0, c_bar = 2.0: V-trace cuts .*; write c_bar <= rho_bar"),
+        (
+            "ppo",
+            {"rho_bar": 2.0},
+            r"rho_bar = 2.0, c_bar = 1.0 with advantage = 'critic': write advantage = 'vtrace'.*",
+        ),
+        ("gspo", {"advantage": "vtrace"}, r"advantage = 'vtrace' with surrogate = 'gspo', .*: those weigh whole .*"),
         ("async_default", {"clip_low": None}, r"clip_low = None: write a number from 0 to inf"),
     ],
 )
@@ -55,6 +63,15 @@ def test_what_a_preset_needs():
     assert preset("kimi_k1_5").needs_proximal and not preset("cispo").needs_proximal
     assert preset("grpo").needs_reference and not preset("dapo").needs_reference
     assert preset("ppo").needs_critic and not preset("grpo").needs_critic
+    assert preset("async_ppo").needs_critic and preset("async_ppo").needs_current and not preset("ppo").needs_current
+
+
+def test_a_ratio_weighs_a_token_once():
+    """V-trace's rho goes into the advantage where the loss has none of its own."""
+    without = {name for name, entry in PRESETS.items() if not entry.objective.has_ratio}
+    assert without == {
+        "impala", "reinforce", "rloo", "raft", "expert_iteration", "kimi_k1_5", "kimi_squared",
+    }  # fmt: skip
 
 
 def test_the_table_in_the_docs_is_generated_from_the_code():

@@ -305,8 +305,10 @@ def dppo_mask_op(inputs: Case, params: Case) -> Case:
 
 def vtrace_op(inputs: Case, params: Case) -> Case:
     rewards, values, ratios = (tensor(inputs[name]) for name in ("rewards", "values", "ratios"))
-    found = vtrace(rewards, values, ratios, inputs["bootstrap"], **params)
-    return {"vs": found.targets_T.tolist(), "pg_adv": found.advantages_T.tolist()}
+    one_sequence = torch.ones(len(values), dtype=torch.bool), torch.zeros(len(values), dtype=torch.int64)
+    assert inputs["bootstrap"] == 0.0, "an answer ends"
+    found = vtrace(rewards, values, ratios, *one_sequence, **params)
+    return {"vs": found.targets_T.tolist(), "pg_adv": (found.rho_T * found.advantages_T).tolist()}
 
 
 def m2po_mask_op(inputs: Case, params: Case) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from transformers import AutoModelForSequenceClassification
 
 from async_rl.config import Algorithm, Critic, Model, Optimizer, Reference, Run
 from async_rl.learner.distributed import Ranks
-from async_rl.learner.trainer import Learner
+from async_rl.learner.trainer import Learner, build_objective
 from async_rl.models.loading import build_model
 from async_rl.wire.messages import TrainRollout
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "ppo with V-trace": {"advantage": "vtrace", "rho_bar": 1.1, "c_bar": 0.9},
+    "async_ppo": {"rho_bar": 1.1, "c_bar": 0.9},
+    "impala": {"rho_bar": 1.1, "c_bar": 0.9},
+}
 BETA, COEF, LAM, GAMMA, CLIP = 0.3, 0.25, 0.9, 0.97, 0.2
 STALE = 1
 """Tokens more versions old than this are masked."""
@@ -46,6 +53,30 @@ def rollouts_with_stale_tokens() -> list[TrainRollout]:
     return rollouts
 
 
+def gae_of(rewards: list[float], values: list[float]) -> list[float]:
+    running, following = 0.0, 0.0
+    found: list[float] = []
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        running = reward + GAMMA * following - value + GAMMA * LAM * running
+        found.append(running)
+        following = value
+    return found[::-1]
+
+
+def vtrace_of(
+    rewards: list[float], values: list[float], ratios: list[float], rho_bar: float, c_bar: float
+) -> tuple[list[float], list[float]]:
+    """Advantages without rho, and targets: Eq. 1 of 1802.01561 as it is printed, c with its Remark 2."""
+    value, end = [*values, 0.0], len(values)
+    delta = [min(rho_bar, ratios[t]) * (rewards[t] + GAMMA * value[t + 1] - value[t]) for t in range(end)]
+    c = [LAM * min(c_bar, ratio) for ratio in ratios]
+    target = [
+        value[s] + sum(GAMMA ** (t - s) * math.prod(c[s:t]) * delta[t] for t in range(s, end)) for s in range(end)
+    ]
+    after = [LAM * t + (1 - LAM) * v for t, v in zip([*target[1:], 0.0], value[1:], strict=True)]
+    return [rewards[s] + GAMMA * after[s] - value[s] for s in range(end)], target
+
+
 class Naive:
     """Lists of one token each, in the order of a rollout."""
 
@@ -54,7 +85,8 @@ class Naive:
         reference = build_model(Model(path=run.reference.path), seed=0)
         critic: Any = AutoModelForSequenceClassification.from_pretrained(run.critic.path)
         self.policy, self.critic = policy, critic
-        policy_terms: list[tuple[Tensor, Tensor, float, bool]] = []
+        objective = build_objective(run)
+        policy_terms: list[tuple[Tensor, float, float, bool]] = []
         value_terms: list[tuple[Tensor, float, bool]] = []
         for rollout in rollouts:
             logp, kl, values, stale, behaviour = [], [], [], [], []
@@ -76,17 +108,17 @@ class Naive:
             missing = np.isnan(rollout.reward)
             rewards = [-BETA * one for one in kl]
             rewards[-1] += 0.0 if missing else rollout.reward
-            running, following = 0.0, 0.0
-            found: list[float] = []
-            for reward, value in zip(reversed(rewards), reversed(values), strict=True):
-                delta = reward + GAMMA * following - value.item()
-                running = delta + GAMMA * LAM * running
-                found.append(running)
-                following = value.item()
-            for advantage, p, b, v, old in zip(reversed(found), logp, behaviour, values, stale, strict=True):
+            said_before = [value.item() for value in values]
+            if objective.advantage == "vtrace":
+                ratios = [math.exp(p.item() - b) for p, b in zip(logp, behaviour, strict=True)]
+                found, targets = vtrace_of(rewards, said_before, ratios, objective.rho_bar, objective.c_bar)
+            else:
+                found = gae_of(rewards, said_before)
+                targets = [advantage + value for advantage, value in zip(found, said_before, strict=True)]
+            for advantage, target, p, b, v, old in zip(found, targets, logp, behaviour, values, stale, strict=True):
                 weight = not old and not missing
-                policy_terms.append((p, torch.tensor(b), advantage, weight))
-                value_terms.append((v, advantage + v.item(), weight))
+                policy_terms.append((p, b, advantage, weight))
+                value_terms.append((v, target, weight))
         self.tokens = len(policy_terms)
         kept = torch.tensor([advantage for _, _, advantage, weight in policy_terms if weight], dtype=torch.float64)
         mean, deviation = kept.mean(), (kept.var() + 1e-8).sqrt()
@@ -94,7 +126,14 @@ class Naive:
         for p, b, advantage, weight in policy_terms:
             if weight:
                 ratio, whitened = (p - b).exp(), ((advantage - mean) / deviation).float()
-                policy_loss = policy_loss - torch.minimum(ratio * whitened, ratio.clamp(0.8, 1.2) * whitened)
+                match run.algorithm.preset:
+                    case "ppo":
+                        term = torch.minimum(ratio * whitened, ratio.clamp(0.8, 1.2) * whitened)
+                    case "async_ppo":  # u = 1, w = min(ratio, 1)
+                        term = ratio.detach().clamp(max=1.0) * (p - p.detach()).exp() * whitened
+                    case _:
+                        term = ratio.detach().clamp(max=objective.rho_bar) * whitened * p
+                policy_loss = policy_loss - term
         value_loss = torch.zeros(())
         for value, target, weight in value_terms:
             if weight:
@@ -109,7 +148,10 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def test_losses_and_gradients(ranks: Ranks, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients(ranks: Ranks, tmp_path: Path, run: Run, variant: str) -> None:
+    options = {"kl": "k1", "kl_in": "reward", "kl_coef": BETA} | VARIANTS[variant]
+    run = msgspec.structs.replace(run, algorithm=Algorithm(preset=variant.split()[0], options=options))
     rollouts = rollouts_with_stale_tokens()
     naive = Naive(run, rollouts)
     naive.policy_loss.backward()
@@ -119,6 +161,7 @@ def test_losses_and_gradients(ranks: Ranks, tmp_path: Path, run: Run) -> None:
     critic = learner.roles.critic
     assert critic is not None and metrics["masked_fraction"] > 0.1
     assert metrics["loss"] == pytest.approx(naive.policy_loss.item(), abs=1e-5)
+    assert ("vtrace_rho" in metrics) == (variant != "ppo")
     assert metrics["value_loss"] == pytest.approx(naive.value_loss.item(), rel=1e-5)
     assert metrics["explained_variance"] == pytest.approx(naive.explained.item(), abs=1e-4)
     expected = gradients(naive.policy)
@@ -142,7 +185,10 @@ def test_layers_that_are_computed_again_change_nothing(ranks: Ranks, tmp_path: P
     assert outcomes[0] and all(torch.equal(outcomes[1][name], gradient) for name, gradient in outcomes[0].items())
 
 
-def test_any_split_of_the_step(ranks: Ranks, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("advantage", ["critic", "vtrace"])
+def test_any_split_of_the_step(ranks: Ranks, tmp_path: Path, run: Run, advantage: str) -> None:
+    options = run.algorithm.options | {"advantage": advantage}
+    run = msgspec.structs.replace(run, algorithm=Algorithm(preset="ppo", options=options))
     rollouts = rollouts_with_stale_tokens()
     outcomes = []
     for name, plan in (("a", None), ("b", [[[15, 3, 8], [], [0, 1, 2, 4, 5, 6, 7], [9, 10, 11, 12, 13, 14]]])):

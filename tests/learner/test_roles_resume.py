@@ -28,10 +28,10 @@ BEFORE_THE_LOSSES = 9
 """Micro-batches of a rank that the reward model, the reference and the critic are asked about."""
 
 
-def everything(folder: Path) -> Run:
+def everything(folder: Path, preset: str = "ppo") -> Run:
     """PPO with all four models, the reference refreshed every two steps, a KL coefficient that adapts."""
     return tiny_run(
-        algorithm=Algorithm(preset="ppo", options={"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 50}),
+        algorithm=Algorithm(preset=preset, options={"kl_coef": 0.2, "kl_target": 0.5, "kl_horizon": 50}),
         optimizer=STEADY,
         reference=Reference(refresh_steps=2),
         critic=Critic(init="reward_model", optimizer=STEADY, epochs=3, clip=0.05),
@@ -60,8 +60,9 @@ def state(learner: Learner) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parameters(learner)}
 
 
-def test_resume_equals_never_stopping(ranks: Ranks, tmp_path: Path) -> None:
-    run = everything(tmp_path)
+@pytest.mark.parametrize("preset", ["ppo", "async_ppo"])
+def test_resume_equals_never_stopping(ranks: Ranks, tmp_path: Path, preset: str) -> None:
+    run = everything(tmp_path, preset)
     straight, first = Learner(run, tmp_path / "straight", ranks), Learner(run, tmp_path / "stopped", ranks)
     expected = train(straight, 6)
     before = train(first, 3)
@@ -115,10 +116,10 @@ def train_with_others(rank: int, directory: str, run: Run) -> Any:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any) -> None:
+@pytest.mark.parametrize(("sharding", "preset"), [("none", "ppo"), ("full", "ppo"), ("full", "async_ppo")])
+def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any, preset: str) -> None:
     """Also where a rank has a micro-batch without anything to train on."""
-    run = everything(tmp_path / "models")
+    run = everything(tmp_path / "models", preset)
     shared = msgspec.structs.replace(run, learner=LearnerConfig(sharding=sharding, ranks=2))
     (rows, found, mine, kl_coef), other = in_ranks(2, train_with_others, str(tmp_path / "two"), shared)
     assert other[-1] == kl_coef, "every rank has the same, to the last bit"

@@ -36,6 +36,10 @@ def refused(cli: Any, *arguments: str) -> str:
         ("algorithm.preset=ppoo", "ppoo"),
         ("algorithm.options.clip_hihg=0.3", "clip_hihg"),
         ("algorithm.options.kl_target=6.0", "kl_target = 6.0 with kl = 'none', kl_in = 'loss', kl_coef = 0.0"),
+        (
+            "algorithm={preset='async_ppo', options={c_bar=2.0}}",
+            "rho_bar = 1.0, c_bar = 2.0: V-trace cuts traces no later",
+        ),
         ("model.tiny.heads=3", "model.tiny.hidden_size = 64: write a multiple of 2 * heads = 6"),
         ("learner.device=cuda:77", "learner.device = 'cuda:77'"),
     ],
