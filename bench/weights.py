@@ -3,11 +3,13 @@
     python bench/weights.py [--sizes 109k 135M 500M] [--repeats 5] [--no-stall] [--changed] [--write]
     python bench/weights.py --device cuda [--sizes 135M 500M] [--updates 10] [--write]     see weights_cuda.py
 
-transfer   from a snapshot in the learner's staging buffer to a verified set of tensors at the receiver: GB of weights a
-           second of wall time, and a CPU-second of both processes. Random bfloat16 weights; buffers and files are those
-           of the versions before, as in a long run. In the same round, in turn: memcpy of the payload in one process,
-           and one raw gloo broadcast of all of it. Delta: every 100th, 20th element changed; what is made, sent and
-           applied is what changed, GB are those of the whole; `wire` is the share of the bytes that travel.
+transfer   from the learner's snapshot, when training goes on, to a verified set of tensors at the receiver: GB of
+           weights a second of wall time, and a CPU-second of both processes. Random bfloat16 weights; buffers and files
+           are those of the versions before, as in a long run. In the same round, in turn: memcpy of the payload in one
+           process, and one raw gloo broadcast of all of it. Delta: every 100th, 20th element changed; what is made,
+           sent and applied is what changed, GB are those of the whole; `wire` is the share of the bytes that travel.
+           `snapshot` is what comes before: float32 parameters are cast and laid out in a file, or (`private`) in
+           memory of the process, from where transports would have to copy them.
 stall      an embedded engine decodes 16 sequences without end, while versions arrive. `swap` is the time in which no
            step could run (Swap.stall_s); `gap` is by how much the longest pause between two steps, from the first byte
            to the swap, exceeds a usual one: it also has what two processes on the same cores take from each other. Both
@@ -46,7 +48,7 @@ from async_rl.engines.protocol import Chunk, Request, Snapshot
 from async_rl.models.parameters import Layout
 from async_rl.models.tiny import tiny_config
 from async_rl.weights.distribution import Distribution
-from async_rl.weights.files import WeightFiles
+from async_rl.weights.files import Draft, WeightFiles
 from async_rl.weights.process_group import ProcessGroupReceiver, ProcessGroupSender
 from async_rl.weights.receiver import Receiver
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
@@ -57,7 +59,8 @@ WARM = 4
 """Versions before the measured ones: every buffer and file has been used."""
 SEQUENCES = 16
 SPREAD = {"delta 1 %": 100, "delta 5 %": 20}
-TRANSFERS = ("memcpy", "raw gloo", "process_group", "shared_memory", "http", *SPREAD)
+TRANSPORTS = ("process_group", "shared_memory", "http", *SPREAD)
+TRANSFERS = ("memcpy", "raw gloo", "snapshot", "snapshot, private", *TRANSPORTS)
 
 
 def config(size: str) -> LlamaConfig:
@@ -216,6 +219,8 @@ class Pair:
         self.reply()
         self._directory = directory
         self._files: Distribution | None = None
+        self._parameters: dict[str, torch.Tensor] = {}
+        self._pinned = device == "cuda"
         self.version = 0
 
     def tell(self, what: str, argument: Any = None) -> None:
@@ -224,19 +229,25 @@ class Pair:
     def reply(self) -> tuple[float, float, Any]:
         return self._pipe.recv()
 
-    def send(self, arm: str) -> tuple[float, float, Any]:
-        """One version by this transport. Seconds, CPU-seconds, what the receiver says."""
+    def draft(self) -> Draft:
+        """Where the learner puts its next snapshot."""
+        assert self._files is not None
+        return self._files.draft()
+
+    def send(self, arm: str, draft: Draft | None = None) -> tuple[float, float, Any]:
+        """One version by this transport, the payload if there is no draft. Seconds, CPU-seconds, what the receiver
+        says."""
         self.version += 1
         weights = WeightsId(1, self.version)
         if arm in SPREAD:
             bits = self.payload.view(torch.int16)
             bits[self.version % SPREAD[arm] :: SPREAD[arm]] ^= 1
+        assert self._files is not None
+        if draft is None:
+            draft = self.draft()
+            draft.payload.copy_(self.payload)
         started, cpu = time.monotonic(), time.process_time()
-        if arm == "process_group":
-            self.group.send(weights, self.payload, self._announce)
-        else:
-            assert self._files is not None
-            self._files.send(weights, self.payload, self._announce)
+        self._files.send(weights, draft, self._announce)
         ours = time.process_time() - cpu
         ended, theirs, value = self.reply()
         return ended - started, ours + theirs, value
@@ -244,13 +255,16 @@ class Pair:
     @contextlib.contextmanager
     def prepared(self, arm: str) -> Iterator[None]:
         """The files of this transport; those of all of them at once would not fit."""
-        if arm in ("shared_memory", "http", *SPREAD):
-            files = WeightFiles(self._directory, self.layout, full_every=10**6 if arm in SPREAD else 1)
-            self._files = Distribution(files, mapped=arm == "shared_memory", relay=arm != "shared_memory")
+        files = WeightFiles(self._directory, self.layout, full_every=10**6 if arm in SPREAD else 1, pinned=self._pinned)
+        group = self.group if arm == "process_group" else None
+        self._files = Distribution(
+            files, mapped=arm == "shared_memory", group=group, relay=arm == "http" or arm in SPREAD
+        )
         yield
-        if self._files is not None:
+        if group is None:
             self._files.close()
-            self._files = None
+        files.close()  # the group stays
+        self._files = None
 
     def raw(self) -> tuple[float, float, None]:
         self.tell("raw")
@@ -267,12 +281,27 @@ class Pair:
         self.copy.copy_(self.payload)
         return time.monotonic() - started, time.process_time() - cpu, None
 
+    def snapshot(self, *, private: bool) -> tuple[float, float, None]:
+        """What Learner.snapshot does, into a file or into memory of this process."""
+        if not self._parameters:
+            self._parameters = {name: view.float() for name, view in self.layout.views(self.payload).items()}
+        assert self._files is not None
+        draft = self.draft()
+        started, cpu = time.monotonic(), time.process_time()
+        self.layout.pack(self._parameters.items(), self.copy if private else draft.payload)
+        took = time.monotonic() - started, time.process_time() - cpu, None
+        self.version += 1
+        self._files.send(WeightsId(1, self.version), draft, lambda _: None)
+        return took
+
     def start_decoding(self) -> float:
         """The engine has weights and works on. Returns the usual pause between its steps, seconds."""
         first: list[WeightsAnnounce] = []
         with self.prepared("shared_memory"):
             assert self._files is not None
-            self._files.send(WeightsId(0, 0), self.payload, first.append)
+            draft = self.draft()
+            draft.payload.copy_(self.payload)
+            self._files.send(WeightsId(0, 0), draft, first.append)
             self.tell("decode", first[0])
             began = time.monotonic()
             self.reply()
@@ -298,7 +327,11 @@ def transfers(size: str, repeats: int, only: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch))
         arms: dict[str, Callable[[], tuple[float, float, Any]]] = {"memcpy": pair.memcpy, "raw gloo": pair.raw}
-        arms |= {arm: lambda arm=arm: pair.send(arm) for arm in TRANSFERS[2:]}
+        arms |= {
+            "snapshot": lambda: pair.snapshot(private=False),
+            "snapshot, private": lambda: pair.snapshot(private=True),
+        }
+        arms |= {arm: lambda arm=arm: pair.send(arm) for arm in TRANSPORTS}
         measured: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in only}
         wire: dict[str, float] = {}
         for arm, once in [(arm, arms[arm]) for arm in only]:

@@ -2,10 +2,10 @@
 
     python bench/weights.py --device cuda [--sizes 135M 500M] [--updates 10] [--write]   bench/results/weights_cuda.json
 
-Two processes share the GPU: the parameters of the one, in fp32, go into pinned staging, take each transport that works
+Two processes share the GPU: the parameters of the one, in fp32, go into a pinned file, take each transport that works
 within one host, and are live in the other's embedded engine, which decodes 16 sequences meanwhile. Seconds of
 
-snapshot   parameters cast, copied and laid out in staging; training stands still
+snapshot   parameters cast, copied and laid out in the file; training stands still
 live       snapshot, transport, copy to the GPU and swap together
 swap, gap  how long no step ran, as in weights.py, in usual decode steps
 
@@ -42,7 +42,6 @@ def updates(size: str, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch), GPU.type)
-        pair.payload = pair.payload.pin_memory()
         usual = pair.start_decoding()
         found["decode_step_s"] = round(usual, 5)
         for arm in ARMS:
@@ -65,10 +64,11 @@ def one_arm(pair: Pair, model: LlamaForCausalLM, arm: str, count: int, usual: fl
                 for parameter in model.parameters():
                     parameter.mul_(1.001)
             torch.cuda.synchronize()
+            draft = pair.draft()
             began = time.monotonic()
-            pair.layout.pack(model.named_parameters(), pair.payload)
+            pair.layout.pack(model.named_parameters(), draft.payload)
             packed = time.monotonic()
-            seconds, _, swap = pair.send(arm)
+            seconds, _, swap = pair.send(arm, draft)
             live = packed + seconds
             pair.tell("pauses", (packed, live))
             longest = max(pair.reply()[2], default=0.0)
@@ -77,7 +77,7 @@ def one_arm(pair: Pair, model: LlamaForCausalLM, arm: str, count: int, usual: fl
                 lives.append(live - began)
                 swaps.append(swap / usual)
                 gaps.append(max(0.0, longest - usual) / usual)
-        pair.tell("same", pair.payload.clone())
+        pair.tell("same", draft.payload.clone())
         assert pair.reply()[2], "the engine's weights are not those of the learner"
     return {
         "snapshot_s": round(statistics.median(snapshots), 4), "live_s": round(statistics.median(lives), 4),

@@ -24,10 +24,8 @@ PROMPT_TOKENS = 256
 PROCESS = 350 << 20
 """A Python process with torch and transformers."""
 CONTROLLER = 150 << 20
-SNAPSHOTS = KEEP + 1
-"""In shared memory at one time: the newest ones, and one being written."""
-STAGING = 2
-"""Snapshots in the learner's staging buffers."""
+SNAPSHOTS = KEEP + 2
+"""In shared memory at one time: the newest ones, one that travels, and the learner's next."""
 ENGINE_SETS = 2
 """Of weights in the engine while it swaps."""
 MASTER_BYTES = 16
@@ -84,8 +82,8 @@ class Footprint(msgspec.Struct, frozen=True):
     def by_device(self, run: Run, generator: torch.device, learner: torch.device) -> dict[str, int]:
         """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""
         processes = run.generator.count + run.learner.ranks
-        copies = STAGING * self.snapshot + self.checkpoint  # a checkpoint is copied first and then written
-        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copies}
+        copy = self.checkpoint  # which is copied first and then written
+        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copy}
         amounts = [
             (generator.type, run.generator.count * self.generator),
             (learner.type, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -32,7 +33,7 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """Where each parameter lies. Both ends compute it from the same config and dtype: compare `fingerprint`.
 
@@ -59,18 +60,18 @@ class Layout:
             offset += entries[-1].nbytes
         return cls(tuple(entries))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the buffer."""
         last = self.entries[-1]
         return last.offset + last.nbytes
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes of the narrowest dtype: the buffer is a whole number of elements of this width."""
         return min(entry.dtype.itemsize for entry in self.entries)
 
-    @property
+    @cached_property
     def fingerprint(self) -> int:
         """CRC-32 of names, shapes, dtypes and offsets."""
         return zlib.crc32(repr([(e.name, e.shape, str(e.dtype), e.offset) for e in self.entries]).encode())

@@ -7,9 +7,8 @@ damaged one has a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -21,8 +20,6 @@ BUCKET_BYTES = 16 << 20
 
 MANY = 8
 """Buckets, from which on a second thread is worth starting."""
-
-T = TypeVar("T")
 
 
 def bucket_checksum(bucket: Tensor | memoryview) -> int:
@@ -47,12 +44,13 @@ def decode(data: bytes) -> list[int]:
 
 def checksum(payload: Tensor) -> int:
     """Of a whole payload on the CPU, [n] uint8."""
-    return combine(for_each(payload.split(BUCKET_BYTES), bucket_checksum))
+    return combine(bucket_checksums(payload))
 
 
-def for_each(buckets: Sequence[T], work: Callable[[T], int]) -> list[int]:
-    """What `work`, which needs no GIL, returns for each bucket; for many of them it is done by two threads."""
+def bucket_checksums(payload: Tensor) -> list[int]:
+    """Of every bucket of a payload on the CPU, [n] uint8; where there are many, two threads do it."""
+    buckets = payload.split(BUCKET_BYTES)
     if len(buckets) < MANY:
-        return [work(bucket) for bucket in buckets]
+        return [bucket_checksum(bucket) for bucket in buckets]
     with ThreadPoolExecutor(2, "weights-buckets") as threads:
-        return list(threads.map(work, buckets))
+        return list(threads.map(bucket_checksum, buckets))

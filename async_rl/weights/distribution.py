@@ -13,12 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from async_rl.config import Run
 from async_rl.models.parameters import Layout
 from async_rl.weights.errors import GroupSuperseded
-from async_rl.weights.files import WeightFiles
+from async_rl.weights.files import Draft, WeightFiles
 from async_rl.weights.group import LOOPBACK
 from async_rl.weights.process_group import ProcessGroupSender
 from async_rl.weights.relay import Relay
@@ -29,9 +27,6 @@ Announce = Callable[[WeightsAnnounce], None]
 
 class Distribution:
     """`mapped`: files are announced to generators of this machine. Owns all that it is given."""
-
-    ready = True
-    """Files need nobody who waits for them."""
 
     def __init__(
         self,
@@ -57,19 +52,23 @@ class Distribution:
         was interrupted for this group is made again."""
         return self._group is not None and self._group.form(group) and self._interrupted
 
-    def send(self, weights: WeightsId, payload: Tensor, announce: Announce) -> None:
-        """Raises WeightsError: the broadcast did not arrive, or there is no room for the file."""
-        checksums = self._send_file(weights, payload, announce) if self._mapped else None
+    def draft(self) -> Draft:
+        """Where the next snapshot goes. Raises WeightsError: there is no room for the file."""
+        return self._files.draft()
+
+    def send(self, weights: WeightsId, draft: Draft, announce: Announce) -> None:
+        """Raises WeightsError: the broadcast did not arrive, or the file could not be finished."""
+        checksums = self._send_file(weights, draft, announce) if self._mapped else None
         try:
             if self._group is not None and self._group.ready:
                 self._interrupted = False
-                self._group.send(weights, payload, announce, checksums)
+                checksums = self._group.send(weights, draft.payload, announce, checksums)
         except GroupSuperseded:
             self._interrupted = True
             raise
         finally:
             if not self._mapped:
-                self._send_file(weights, payload, announce)
+                self._send_file(weights, draft, announce, checksums)
 
     def interrupt(self, epoch: int) -> None:
         if self._group is not None:
@@ -82,9 +81,11 @@ class Distribution:
             self._group.close()
         self._files.close()
 
-    def _send_file(self, weights: WeightsId, payload: Tensor, announce: Announce) -> Sequence[int]:
+    def _send_file(
+        self, weights: WeightsId, draft: Draft, announce: Announce, checksums: Sequence[int] | None = None
+    ) -> Sequence[int]:
         """Returns the checksums of the buckets."""
-        file = self._files.write(weights, payload)
+        file = self._files.write(weights, draft, checksums)
         size, checksum = file.header.nbytes, file.header.checksum
         if self._mapped:
             announce(WeightsAnnounce(weights, "shared_memory", str(file.path), size, checksum))
@@ -99,7 +100,7 @@ class Distribution:
         return file.checksums
 
 
-def make_distribution(run: Run, run_directory: Path, layout: Layout) -> Distribution:
+def make_distribution(run: Run, run_directory: Path, layout: Layout, *, pinned: bool) -> Distribution:
     """The transport of the recipe."""
     weights = run.weights
     host = weights.host or run.controller.host
@@ -107,7 +108,8 @@ def make_distribution(run: Run, run_directory: Path, layout: Layout) -> Distribu
     transport = weights.transport
     if transport == "auto" and not reachable:
         transport = "shared_memory"
-    files = WeightFiles(run_directory, layout, full_every=weights.full_every if transport == "http" else 1)
+    full_every = weights.full_every if transport == "http" else 1
+    files = WeightFiles(run_directory, layout, full_every=full_every, pinned=pinned)
     group = None
     if transport in ("process_group", "auto"):
         group = ProcessGroupSender(layout, host=host, timeout_s=weights.timeout_s)

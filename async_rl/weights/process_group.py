@@ -138,8 +138,9 @@ class ProcessGroupSender(_Member):
         payload: Tensor,
         announce: Callable[[WeightsAnnounce], None],
         checksums: Sequence[int] | None = None,
-    ) -> None:
+    ) -> Sequence[int]:
         """Announce, so that the members join in, then broadcast. checksums: of the buckets, where they are known.
+        Returns them.
 
         Raises:
             WeightsError: it did not arrive everywhere; there is no group now.
@@ -156,6 +157,7 @@ class ProcessGroupSender(_Member):
         except WeightsError:
             self._drop()
             raise
+        return found
 
 
 class ProcessGroupReceiver(_Member):

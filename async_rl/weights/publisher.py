@@ -6,8 +6,10 @@
     publisher.regroup(message)                               # a WeightGroup message; returns at once
     publisher.close()
 
-`announce(WeightsAnnounce)` and `failed(WeightsFailed)` are called in the publisher's thread: an asyncio service passes
-`lambda message: loop.call_soon_threadsafe(outbox.put_nowait, message)`.
+`announce(WeightsAnnounce)` and `failed(WeightsFailed)` are called in other threads than the event loop's: an asyncio
+service passes `lambda message: loop.call_soon_threadsafe(outbox.put_nowait, message)`.
+
+The copy is the only one on this side: it is made where the transports read it (files.py).
 
 Which transports a snapshot takes is distribution.py's; each is announced on its own. A file is announced when it is
 complete, a broadcast before it begins, for its members have to join it. After `failed`, which names the members that
@@ -29,6 +31,7 @@ from async_rl.config import Run
 from async_rl.models.parameters import Layout
 from async_rl.weights.distribution import make_distribution
 from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsError
+from async_rl.weights.files import Draft
 from async_rl.weights.staging import Staging
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsFailed, WeightsId
 
@@ -39,21 +42,20 @@ LAST_EPOCH = 1 << 62
 
 
 class Sender(Protocol):
-    """Where snapshots go. `send` and `form` run in the publisher's thread and may block; others call `interrupt`."""
+    """Where snapshots go. `send` and `form` run in the publisher's thread and may block; others call the rest."""
 
     @property
     def store(self) -> str: ...
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is someone to send to."""
-        ...
 
     def form(self, group: WeightGroup) -> bool:
         """Members have changed. Returns whether the newest weights have to be sent again. Raises WeightsError."""
         ...
 
-    def send(self, weights: WeightsId, payload: Tensor, announce: Callable[[WeightsAnnounce], None]) -> None:
+    def draft(self) -> Draft:
+        """Where the next snapshot goes. Raises WeightsError: there is no room."""
+        ...
+
+    def send(self, weights: WeightsId, draft: Draft, announce: Callable[[WeightsAnnounce], None]) -> None:
         """Raises WeightsError where it did not succeed."""
         ...
 
@@ -63,20 +65,14 @@ class Sender(Protocol):
 
 
 class Publisher:
-    """A thread, a transport and two staging buffers."""
+    """A thread, a transport and the newest snapshot."""
 
     def __init__(
-        self,
-        sender: Sender,
-        layout: Layout,
-        announce: Callable[[WeightsAnnounce], None],
-        failed: Callable[[WeightsFailed], None],
-        *,
-        pinned: bool = False,
+        self, sender: Sender, announce: Callable[[WeightsAnnounce], None], failed: Callable[[WeightsFailed], None]
     ) -> None:
         self._sender, self._announce, self._failed = sender, announce, failed
         self._condition = threading.Condition()
-        self._staging = Staging(layout.nbytes, self._condition, pinned=pinned)
+        self._staging = Staging(sender.draft, self._condition)
         self._group: WeightGroup | None = None
         self._closing = False
         self._sent, self._failures, self._send_s = 0, 0, 0.0
@@ -91,9 +87,13 @@ class Publisher:
     def publish(self, weights: WeightsId, write: Callable[[Tensor], None]) -> None:
         """Copy a snapshot with `write(buffer)` ([layout.nbytes] uint8), to travel instead of one that still waits.
 
-        For one thread at a time. Returns as soon as the copy is made, whatever is on its way.
+        For one thread at a time. Returns as soon as the copy is made, whatever is on its way; where there is no room
+        for it, `failed` hears of it and the next one is tried.
         """
-        self._staging.fill(weights, write)
+        try:
+            self._staging.fill(weights, write)
+        except WeightsError as error:
+            self._report(weights, error)
 
     def regroup(self, group: WeightGroup) -> None:
         """Form this group as soon as possible; one being formed, and a broadcast in progress, are given up."""
@@ -132,13 +132,10 @@ class Publisher:
             if group is not None:
                 self._form(group)
             elif staged is not None:
-                try:
-                    self._send(staged.weights, staged.payload)
-                finally:
-                    self._staging.release()
+                self._send(staged.weights, staged.draft)
 
     def _has_work(self) -> bool:
-        return self._closing or self._group is not None or (self._staging.pending and self._sender.ready)
+        return self._closing or self._group is not None or self._staging.pending
 
     def _form(self, group: WeightGroup) -> None:
         try:
@@ -154,10 +151,10 @@ class Publisher:
             with self._condition:
                 self._staging.again()
 
-    def _send(self, weights: WeightsId, payload: Tensor) -> None:
+    def _send(self, weights: WeightsId, draft: Draft) -> None:
         started = time.monotonic()
         try:
-            self._sender.send(weights, payload, self._announce)
+            self._sender.send(weights, draft, self._announce)
         except GroupSuperseded:
             return  # it travels again as soon as the new group stands
         except WeightsError as error:
@@ -183,5 +180,5 @@ def make_publisher(
     *,
     pinned: bool = False,
 ) -> Publisher:
-    """The transport of the recipe. `pinned`: staging in page-locked memory, for a learner on a GPU."""
-    return Publisher(make_distribution(run, run_directory, layout), layout, announce, failed, pinned=pinned)
+    """The transport of the recipe. `pinned`: snapshots go into page-locked memory, for a learner on a GPU."""
+    return Publisher(make_distribution(run, run_directory, layout, pinned=pinned), announce, failed)

@@ -1,8 +1,9 @@
 """The learner's end of shared files: a few that are written again and again, each by one writer or read by many.
 
-Pages that exist cost nothing but the copy; new ones cost several copies, in the writer and in every reader. So a file
-is written in place when nobody reads it. Readers hold a shared flock on it for as long as they use it, and the kernel
-gives it back when they die. A file has its final name only while it is complete: it is renamed before it is touched.
+Pages that exist cost nothing but what is written; new ones cost several copies, in the writer and in every reader. So
+a file is written in place when nobody reads it. Readers hold a shared flock on it for as long as they use it, and the
+kernel gives it back when they die. A file has its final name only while it is complete: it is renamed before it is
+touched.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ import mmap
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 PARTIAL = ".partial-"
 """Prefix of the name of a file that is being written."""
 SPARE = 1
 """Files beyond those in use that stay for the next version."""
+PORTABLE = 1
+"""cudaHostRegisterPortable: page-locked for every device."""
 
 
 class Slot:
     """One file, mapped for writing."""
 
-    def __init__(self, directory: Path, nbytes: int, number: int) -> None:
+    def __init__(self, directory: Path, nbytes: int, number: int, *, pinned: bool) -> None:
         """Raises OSError where there is no room: it is taken at once, not when a page is first touched."""
         self.path = directory / f"{PARTIAL}slot-{number}"
-        self.nbytes = nbytes
+        self.taken = False
+        """It is being written, or has to stay as it is."""
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(self._descriptor, 0, nbytes)
@@ -39,6 +45,7 @@ class Slot:
             raise
         self.data: npt.NDArray[np.uint8] = np.frombuffer(self._mapped, np.uint8)
         """[nbytes], of the file itself"""
+        self._pinned = pinned and _pin(self.data)
 
     def begin(self) -> bool:
         """For writing, if nobody reads it: then it has no final name until `finish`."""
@@ -63,28 +70,33 @@ class Slot:
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.close(self._descriptor)
+        if self._pinned:
+            _runtime().cudaHostUnregister(self.data.ctypes.data)
 
 
 class Slots:
-    """Files of one size in one directory."""
+    """Files of one size in one directory. pinned: their memory is page-locked, so that a GPU copies into it."""
 
-    def __init__(self, directory: Path, nbytes: int) -> None:
-        self._directory, self._nbytes = directory, nbytes
+    def __init__(self, directory: Path, nbytes: int, *, pinned: bool = False) -> None:
+        self._directory, self._nbytes, self._pinned = directory, nbytes, pinned
         self._all: list[Slot] = []
         self._made = 0
 
-    def begin(self, keep: list[Slot]) -> Slot:
-        """A file to write, none of those to keep. `finish` it, or `drop` it here. Raises OSError: no room."""
-        idle = [slot for slot in self._all if slot not in keep and slot.begin()]
+    def take(self) -> Slot:
+        """A file to write. `finish` it, and `release` it once it may be written again; or `drop` it here.
+
+        Raises OSError: no room.
+        """
+        idle = [slot for slot in self._all if not slot.taken and slot.begin()]
         for slot in idle[1 + SPARE :]:
             self.drop(slot)
-        if idle:
-            return idle[0]
-        self._made += 1
-        slot = Slot(self._directory, self._nbytes, self._made)
-        self._all.append(slot)
-        slot.begin()
+        slot = idle[0] if idle else self._new()
+        slot.taken = True
         return slot
+
+    def release(self, slot: Slot) -> None:
+        """It may be written again as soon as nobody reads it."""
+        slot.taken = False
 
     def drop(self, slot: Slot) -> None:
         self._all.remove(slot)
@@ -94,6 +106,26 @@ class Slots:
         for slot in self._all:
             slot.drop()
         self._all = []
+
+    def _new(self) -> Slot:
+        self._made += 1
+        slot = Slot(self._directory, self._nbytes, self._made, pinned=self._pinned)
+        self._all.append(slot)
+        slot.begin()
+        return slot
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
+
+
+def _pin(data: npt.NDArray[np.uint8]) -> bool:
+    """Whether CUDA could lock these pages. If not, it copies to them a little slower."""
+    if int(_runtime().cudaHostRegister(data.ctypes.data, data.size, PORTABLE)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # the next operation would raise the error that was returned
+        torch.zeros(1, device="cuda")
+    return False
 
 
 class Held:

@@ -91,6 +91,12 @@ def encode_head(manifest: Manifest) -> bytes:
     return LENGTH.pack(len(text)) + text
 
 
+def head_length(layout: Layout) -> int:
+    """Bytes of the head of every whole set of this layout."""
+    nothing = [0] * -(-layout.nbytes // BUCKET_BYTES)
+    return len(encode_head(Manifest(Header(WeightsId(0, 0), layout.nbytes, 0, 0), nothing, layout)))
+
+
 def head_bytes(prefix: bytes) -> int:
     """Length of the head, from the first 8 bytes of a file. Raises WeightsCorrupt where there is none."""
     if len(prefix) < LENGTH.size:

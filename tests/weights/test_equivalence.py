@@ -76,7 +76,7 @@ class Ends:
         def told(message: Any) -> None:
             loop.call_soon_threadsafe(self.announced.put_nowait, message)
 
-        self.publisher = Publisher(self.sender, layout, told, told)
+        self.publisher = Publisher(self.sender, told, told)
         member = ProcessGroupReceiver("generator-0", layout) if self.group else None
         self.receiver = Receiver(layout, member)
         self.transport = "http" if transport == "delta" else transport

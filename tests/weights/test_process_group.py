@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from weights_cases import LARGE, SMALL, Generator, Outbox, expected_report, hold
 
 from async_rl.models.parameters import Entry, Layout
 from async_rl.weights import checksum
+from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsCorrupt, WeightsGone, WeightsMismatch
+from async_rl.weights.files import WeightFiles
 from async_rl.weights.process_group import ProcessGroupReceiver, ProcessGroupSender
 from async_rl.weights.publisher import Publisher
 from async_rl.weights.receiver import Receiver
@@ -29,10 +32,10 @@ TIMEOUT_S = 4.0
 class Learner:
     """A publisher and what it says."""
 
-    def __init__(self, layout: Layout = LARGE, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, run: Path, layout: Layout = LARGE, timeout_s: float = TIMEOUT_S) -> None:
         self.outbox, self.layout = Outbox(), layout
-        self.sender = ProcessGroupSender(layout, timeout_s=timeout_s)
-        self.publisher = Publisher(self.sender, layout, self.outbox.announced.put, self.outbox.failed.put)
+        sender = Distribution(WeightFiles(run, layout), group=ProcessGroupSender(layout, timeout_s=timeout_s))
+        self.publisher = Publisher(sender, self.outbox.announced.put, self.outbox.failed.put)
 
     def group(self, epoch: int, *members: str) -> WeightGroup:
         message = WeightGroup(epoch, list(members), self.publisher.store)
@@ -46,8 +49,8 @@ class Learner:
 
 
 @pytest.fixture
-def learner() -> Iterator[Learner]:
-    made = Learner()
+def learner(tmp_path: Path) -> Iterator[Learner]:
+    made = Learner(tmp_path)
     yield made
     made.publisher.close()
 
@@ -81,13 +84,12 @@ def deliver(learner: Learner, generators: list[Generator], version: int) -> None
 def test_members_come_die_and_come_back(learner: Learner, start: Callable[[str], Generator]) -> None:
     one, two = start("generator-1"), start("generator-2")
     one.expect("up"), two.expect("up")
-    learner.publish(1)  # waits for a group
     group = learner.group(1, "generator-1", "generator-2")
     one.send(group), two.send(group)
     one.expect("formed", 1), two.expect("formed", 1)
-    deliver(learner, [one, two], 1)
-    learner.publish(2)
-    deliver(learner, [one, two], 2)
+    for version in (1, 2):
+        learner.publish(version)
+        deliver(learner, [one, two], version)
 
     # SIGKILL of a member: noticed in the next broadcast, reported once, the other one gets an error, not half a model
     assert two.process.pid is not None
@@ -98,22 +100,25 @@ def test_members_come_die_and_come_back(learner: Learner, start: Callable[[str],
     assert learner.outbox.failure().weights == WeightsId(1, 3)
     one.expect("error", "BroadcastFailed")
 
-    # the survivor under a new epoch: the newest weights travel again by themselves
+    # the survivor under a new epoch
     group = learner.group(2, "generator-1")
     one.send(group)
     one.expect("formed", 2)
-    deliver(learner, [one], 3)
+    learner.publish(4)
+    deliver(learner, [one], 4)
 
-    # a stopped member hangs in TCP: the next group interrupts the broadcast long before any deadline
+    # a stopped member hangs in TCP: the next group interrupts the broadcast long before any deadline, and the weights
+    # travel again by themselves
     three = start("generator-2")
     three.expect("up")
     group = learner.group(3, "generator-1", "generator-2")
     one.send(group), three.send(group)
     one.expect("formed", 3), three.expect("formed", 3)
-    deliver(learner, [one, three], 3)
+    learner.publish(5)
+    deliver(learner, [one, three], 5)
     assert three.process.pid is not None
     os.kill(three.process.pid, signal.SIGSTOP)
-    learner.publish(4)
+    learner.publish(6)
     one.send(learner.outbox.announcement())
     started = time.monotonic()
     group = learner.group(4, "generator-1")
@@ -122,7 +127,7 @@ def test_members_come_die_and_come_back(learner: Learner, start: Callable[[str],
         assert said[1] in ("GroupSuperseded", "BroadcastFailed"), said
     if said[0] == "weights":  # the broadcast got through to the living member before it was interrupted
         one.expect("formed", 4)
-    deliver(learner, [one], 4)
+    deliver(learner, [one], 6)
     assert time.monotonic() - started < TIMEOUT_S - 1, "waited for the deadline"
     assert one.end() < 2, "a dropped group held up the exit of the process"
     assert learner.publisher.statistics()["failed"] == 1
@@ -132,8 +137,8 @@ def receiver(learner: Learner, name: str, layout: Layout = LARGE) -> ProcessGrou
     return ProcessGroupReceiver(name, layout, timeout_s=TIMEOUT_S)
 
 
-def test_round_trip_in_one_process() -> None:
-    learner = Learner(SMALL)
+def test_round_trip_in_one_process(tmp_path: Path) -> None:
+    learner = Learner(tmp_path, SMALL)
 
     async def main() -> None:
         end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))
@@ -154,8 +159,8 @@ def test_round_trip_in_one_process() -> None:
     learner.publisher.close()
 
 
-def test_a_missing_member_is_named() -> None:
-    learner = Learner(SMALL, timeout_s=0.5)
+def test_a_missing_member_is_named(tmp_path: Path) -> None:
+    learner = Learner(tmp_path, SMALL, timeout_s=0.5)
     learner.group(1, "generator-0", "generator-1")
     assert "weight group 1: generator-0, generator-1 did not come within" in learner.outbox.failure().reason
     member = ProcessGroupReceiver("generator-0", SMALL, timeout_s=0.5)
@@ -184,8 +189,8 @@ def test_a_store_that_is_gone_holds_up_nobody() -> None:
             forming.result()
 
 
-def test_a_newer_group_ends_the_roll_call_of_the_older_one() -> None:
-    learner = Learner(SMALL, timeout_s=60)
+def test_a_newer_group_ends_the_roll_call_of_the_older_one(tmp_path: Path) -> None:
+    learner = Learner(tmp_path, SMALL, timeout_s=60)
 
     async def main() -> None:
         end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=60))
@@ -207,8 +212,8 @@ def test_a_newer_group_ends_the_roll_call_of_the_older_one() -> None:
     assert learner.outbox.failed.empty()
 
 
-def test_wrong_checksum_and_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = Learner(SMALL)
+def test_wrong_checksum_and_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(tmp_path, SMALL)
     other = Layout((Entry("a.weight", (3, 5), torch.float32, 0), Entry("c.weight", (7,), torch.float32, 64)))
 
     async def main() -> None:
@@ -222,6 +227,7 @@ def test_wrong_checksum_and_another_model(monkeypatch: pytest.MonkeyPatch) -> No
             await end.fetch(learner.outbox.announcement())
         monkeypatch.setattr(checksum, "encode", right)
         await stranger.regroup(learner.group(2, "generator-0"))
+        learner.publish(2)
         with pytest.raises(WeightsMismatch, match="must be the same"):
             await stranger.fetch(learner.outbox.announcement())
         end.close()
@@ -231,9 +237,9 @@ def test_wrong_checksum_and_another_model(monkeypatch: pytest.MonkeyPatch) -> No
     learner.publisher.close()
 
 
-def test_staging_alternates() -> None:
+def test_staging_alternates(tmp_path: Path) -> None:
     """A snapshot stays as it is while the next one arrives."""
-    learner = Learner(SMALL)
+    learner = Learner(tmp_path, SMALL)
 
     async def main() -> None:
         end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=TIMEOUT_S))

@@ -14,7 +14,7 @@ import torch
 from msgspec.structs import replace
 from proxy import Proxy
 from safetensors.torch import load
-from weights_cases import LARGE, holds, packed, values
+from weights_cases import LARGE, drafted, holds, packed, values
 
 from async_rl.errors import UserError
 from async_rl.models.parameters import Layout
@@ -37,7 +37,7 @@ class Learner:
     def send(self, version: int, payload: torch.Tensor | None = None) -> WeightsAnnounce:
         box: list[WeightsAnnounce] = []
         data = packed(self.layout, version) if payload is None else payload
-        self._sender.send(WeightsId(1, version), data, box.append)
+        self._sender.send(WeightsId(1, version), drafted(self._sender, data), box.append)
         assert [one.transport for one in box] == ["http"]
         return box[0]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from weights_cases import SMALL, Outbox, holds, packed, writer
+from weights_cases import SMALL, Outbox, drafted, holds, packed, writer
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Layout
 from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
-from async_rl.weights.files import WeightFiles
+from async_rl.weights.files import Draft, WeightFiles
 from async_rl.weights.header import SIZE, Header
 from async_rl.weights.places import MEMORY, cleanup, disk_directory, memory_directory
 from async_rl.weights.publisher import Publisher
@@ -36,13 +36,13 @@ def fetch(announce: WeightsAnnounce, layout: Layout) -> Snapshot:
 
 def sent(sender: Distribution, version: int, seed: int | None = None) -> WeightsAnnounce:
     box: list[WeightsAnnounce] = []
-    sender.send(WeightsId(1, version), packed(SMALL, version if seed is None else seed), box.append)
+    sender.send(WeightsId(1, version), drafted(sender, packed(SMALL, version if seed is None else seed)), box.append)
     return box[0]
 
 
 def test_round_trip_by_publisher_and_receiver(tmp_path: Path) -> None:
     outbox = Outbox()
-    publisher = Publisher(sender_of(tmp_path, SMALL), SMALL, outbox.announced.put, outbox.failed.put)
+    publisher = Publisher(sender_of(tmp_path, SMALL), outbox.announced.put, outbox.failed.put)
     publisher.publish(WeightsId(3, 8), writer(SMALL, 8))
     announce = outbox.announcement()
     assert (announce.weights, announce.transport, announce.nbytes) == (WeightsId(3, 8), "shared_memory", SMALL.nbytes)
@@ -91,6 +91,8 @@ def test_the_same_version_again_is_kept(tmp_path: Path) -> None:
     sent(sender, 1)
     for _ in range(3):
         again = sent(sender, 1, seed=5)
+    assert holds(fetch(again, SMALL), SMALL, 5)
+    sent(sender, 2)  # and in its file no other is written while it is kept
     assert holds(fetch(again, SMALL), SMALL, 5)
     sender.close()
 
@@ -164,8 +166,13 @@ def test_a_full_memory_falls_back_to_disk(tmp_path: Path) -> None:
 def test_nowhere_to_write_is_a_weights_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     sender = sender_of(tmp_path / "run", SMALL, memory=tmp_path / "missing")
-    with pytest.raises(WeightsError, match=r"weights 1\.1 could not be written"):
+    with pytest.raises(WeightsError, match="there is no room for the next weights"):
         sent(sender, 1)
+    outbox = Outbox()
+    publisher = Publisher(sender, outbox.announced.put, outbox.failed.put)
+    publisher.publish(WeightsId(1, 2), writer(SMALL, 2))  # training goes on
+    assert outbox.failure().weights == WeightsId(1, 2)
+    publisher.close()
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
@@ -183,18 +190,24 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
 class Slow:
     """A transport that is in the middle of a transfer until told otherwise."""
 
-    store, ready = "", True
+    store = ""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path) -> None:
+        self._files = WeightFiles(run, SMALL)
+        self.draft = self._files.draft
         self.entered, self.proceed = threading.Semaphore(0), threading.Semaphore(0)
         self.arrived: list[tuple[int, torch.Tensor]] = []
+        self.files = 0
+        """When the last one arrived."""
 
-    def send(self, weights: WeightsId, payload: torch.Tensor, announce: object) -> None:
+    def send(self, weights: WeightsId, draft: Draft, announce: object) -> None:
         self.entered.release()
         assert self.proceed.acquire(timeout=20)
         if weights.version == 13:
             raise WeightsError("thirteen")
-        self.arrived.append((weights.version, payload.clone()))
+        self.arrived.append((weights.version, draft.payload.clone()))
+        self.files = len(list(draft.slot.path.parent.iterdir()))
+        self._files.write(weights, draft)
         self.entered.release()
 
     def form(self, group: object) -> bool:
@@ -202,12 +215,13 @@ class Slow:
 
     def interrupt(self, epoch: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._files.close()
 
 
-def test_only_the_newest_waits_behind_a_transfer() -> None:
-    slow, outbox = Slow(), Outbox()
-    publisher = Publisher(slow, SMALL, outbox.announced.put, outbox.failed.put)
+def test_only_the_newest_waits_behind_a_transfer(tmp_path: Path) -> None:
+    slow, outbox = Slow(tmp_path), Outbox()
+    publisher = Publisher(slow, outbox.announced.put, outbox.failed.put)
     publisher.publish(WeightsId(1, 0), writer(SMALL, 0))
     assert slow.entered.acquire(timeout=20)
     for version in (1, 2, 3):  # none of these blocks, and none touches the buffer that travels
@@ -219,12 +233,13 @@ def test_only_the_newest_waits_behind_a_transfer() -> None:
     assert [version for version, _ in slow.arrived] == [0, 3]
     for version, payload in slow.arrived:
         assert torch.equal(payload, packed(SMALL, version))
+    assert slow.files == 2, "what nobody has seen is overwritten"
     assert publisher.statistics()["coalesced"] == 2
 
 
-def test_a_failed_transfer_is_reported_and_the_next_one_goes_on() -> None:
-    slow, outbox = Slow(), Outbox()
-    publisher = Publisher(slow, SMALL, outbox.announced.put, outbox.failed.put)
+def test_a_failed_transfer_is_reported_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    slow, outbox = Slow(tmp_path), Outbox()
+    publisher = Publisher(slow, outbox.announced.put, outbox.failed.put)
     slow.proceed.release(2)
     publisher.publish(WeightsId(1, 13), writer(SMALL, 0))
     failure = outbox.failure()

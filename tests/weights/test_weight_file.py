@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights_cases import LARGE, SMALL, packed
+from weights_cases import LARGE, SMALL, drafted, packed
 
 from async_rl.weights.checksum import BUCKET_BYTES, bucket_checksum, checksum
 from async_rl.weights.errors import WeightsCorrupt
@@ -72,17 +72,22 @@ def test_buckets_that_change_places_change_the_checksum() -> None:
     assert checksum(payload) != checksum(torch.cat((payload[BUCKET_BYTES:], payload[:BUCKET_BYTES])))
 
 
+def written(files: WeightFiles, version: int) -> int:
+    """The inode of the file."""
+    return files.write(WeightsId(1, version), drafted(files, packed(SMALL, version))).path.stat().st_ino
+
+
 def test_a_file_that_is_read_is_not_written(tmp_path: Path) -> None:
     files = WeightFiles(tmp_path, SMALL)
-    first = files.write(WeightsId(1, 0), packed(SMALL, 0))
+    first = files.write(WeightsId(1, 0), drafted(files, packed(SMALL, 0)))
     held = hold(first.path)
     assert held is not None
     content = first.path.read_bytes()
-    inodes = {files.write(WeightsId(1, version), packed(SMALL, version)).path.stat().st_ino for version in range(1, 8)}
+    inodes = {written(files, version) for version in range(1, 8)}
     assert os.fstat(held.descriptor).st_ino not in inodes and len(inodes) == 3
     assert os.pread(held.descriptor, len(content), 0) == content
     held.close()
-    again = {files.write(WeightsId(1, version), packed(SMALL, version)).path.stat().st_ino for version in range(8, 14)}
+    again = {written(files, version) for version in range(8, 14)}
     assert len(again) <= 4, "files are used again"
     files.close()
 
@@ -96,17 +101,17 @@ def hold_for_ever(path: str, pipe: object) -> None:
 @pytest.mark.processes
 def test_a_reader_that_dies_gives_its_file_back(tmp_path: Path) -> None:
     files = WeightFiles(tmp_path, SMALL)
-    first = files.write(WeightsId(1, 0), packed(SMALL, 0))
+    first = files.write(WeightsId(1, 0), drafted(files, packed(SMALL, 0)))
     inode = first.path.stat().st_ino
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     reader = context.Process(target=hold_for_ever, args=(str(first.path), theirs), daemon=True)
     reader.start()
     assert ours.poll(60) and ours.recv()
-    used = [files.write(WeightsId(1, version), packed(SMALL, version)).path.stat().st_ino for version in range(1, 6)]
+    used = [written(files, version) for version in range(1, 6)]
     assert inode not in used
     reader.kill()
     reader.join()
-    used = [files.write(WeightsId(1, version), packed(SMALL, version)).path.stat().st_ino for version in range(6, 12)]
+    used = [written(files, version) for version in range(6, 12)]
     assert inode in used
     files.close()

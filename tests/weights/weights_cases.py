@@ -16,6 +16,7 @@ from torch import Tensor
 from async_rl.engines.protocol import Snapshot
 from async_rl.models.parameters import Entry, Layout
 from async_rl.weights.errors import WeightsError
+from async_rl.weights.files import Draft
 from async_rl.weights.process_group import ProcessGroupReceiver
 from async_rl.weights.receiver import Receiver
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsFailed, WeightsId
@@ -40,6 +41,13 @@ def packed(layout: Layout, seed: int) -> Tensor:
     out = torch.zeros(layout.nbytes, dtype=torch.uint8)
     layout.pack(values(layout, seed).items(), out)
     return out
+
+
+def drafted(maker: Any, payload: Tensor) -> Draft:
+    """What a WeightFiles or a Distribution is given to send."""
+    draft = maker.draft()
+    draft.payload.copy_(payload)
+    return draft
 
 
 def holds(snapshot: Snapshot, layout: Layout, seed: int) -> bool:
