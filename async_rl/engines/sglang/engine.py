@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from typing import Any
@@ -136,13 +136,16 @@ class SGLangEngine:
 
         Raises:
             ValueError: the snapshot is not of this model.
-            WeightsError, ServerRefused: the old weights stay live.
+            WeightsError: the old weights stay live; also where a server refused a call.
         """
         self._check_names(snapshot)
 
         async def load() -> Swap:
             own = await asyncio.to_thread(_copy, snapshot) if self._settings.copy else snapshot
-            return await self._update(own)
+            try:
+                return await self._update(own)
+            except ServerRefused as error:
+                raise WeightsError(str(error)) from error
 
         return await self._in_order(load)
 
@@ -323,7 +326,7 @@ class SGLangEngine:
         self._swapping = True
         self._attribute()
         try:
-            stalls = await asyncio.gather(*(worker.update(snapshot, moment.note) for worker in self._workers))
+            stalls = await _all(worker.update(snapshot, moment.note) for worker in self._workers)
         finally:
             self._swapping = False
             self._calls.held_by.discard(DRAIN)
@@ -428,6 +431,15 @@ class _Moment:
             self.sampled.setdefault(request_id, tokens)
         if self._delivered is None:
             self._delivered = self._count()
+
+
+async def _all(updates: Iterable[Coroutine[Any, Any, float]]) -> list[float]:
+    """Wait for every one of them; what failed first in order is raised when none is at work any more."""
+    stalls = await asyncio.gather(*updates, return_exceptions=True)
+    for stall in stalls:
+        if isinstance(stall, BaseException):
+            raise stall
+    return [stall for stall in stalls if not isinstance(stall, BaseException)]
 
 
 def _copy(snapshot: Snapshot) -> Snapshot:

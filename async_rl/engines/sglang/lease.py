@@ -1,10 +1,9 @@
 """A pause of a server is a lease: it is given back in `finally`, and at its deadline whatever its holder does.
 
 async with PauseLease(client, "retract", seconds=30) as lease:
-    lease.dirty = True      # from here on the server's weights are neither old nor new: nothing may resume it
+    lease.soil()            # from here on the server's weights are neither old nor new: nothing may resume it
     ...
     lease.dirty = False
-    lease.check()           # LeaseExpired once the server has been resumed without us
 print(lease.held_s)
 """
 
@@ -16,13 +15,14 @@ import time
 from types import TracebackType
 
 from async_rl.engines.sglang.client import PauseMode, ServerError, SGLangClient
+from async_rl.weights.errors import WeightsError
 
 RESUME_TRIES = 3
 log = logging.getLogger(__name__)
 
 
-class LeaseExpired(ServerError):
-    """The server was resumed at the deadline of a pause, while its holder was still at work."""
+class LeaseExpired(WeightsError):
+    """The server was resumed at the deadline of a pause, before its holder had loaded anything."""
 
 
 class PauseLease:
@@ -55,13 +55,18 @@ class PauseLease:
     ) -> None:
         await self._release()
 
-    def check(self) -> None:
-        """Raises LeaseExpired if the server was resumed at the deadline."""
+    def soil(self) -> None:
+        """The next call may change weights. Buckets that reach a server at work would give it half of them.
+
+        Raises:
+            LeaseExpired: it was resumed at the deadline.
+        """
         if self.expired:
             raise LeaseExpired(
                 f"SGLang server {self._client.url} was resumed after {self._seconds:g} s of pause "
-                "(generator.sglang.pause_s): what was to happen in it was not over"
+                "(generator.sglang.pause_s): no weights were loaded yet"
             )
+        self.dirty = True
 
     async def _release(self) -> None:
         assert self._watch is not None

@@ -91,7 +91,6 @@ class ServerWeights:
                     self.reloads += 1
                     await self._reload(lease, snapshot)
             swapped()
-        lease.check()
         return lease
 
     async def close(self) -> None:
@@ -107,10 +106,10 @@ class ServerWeights:
         await self._begin()
         parts = list(buckets(snapshot.tensors, self._bucket_bytes))
         try:
+            lease.soil()
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
                 version = version_name(snapshot.weights) if last else None
-                lease.dirty = True
                 await push.send(part, version=version, flush=last and self._flush)
         finally:
             await self._client.end_update()
@@ -125,7 +124,7 @@ class ServerWeights:
             await self._client.begin_update()
 
     async def _reload(self, lease: PauseLease, snapshot: Snapshot) -> None:
-        lease.dirty = True
+        lease.soil()
         if self._push is not None:
             await self._push.close()
         directory = self._scratch / version_name(snapshot.weights)

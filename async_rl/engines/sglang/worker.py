@@ -20,11 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 from async_rl.engines.protocol import Snapshot
-from async_rl.engines.sglang.client import Load, ServerError, ServerGone, SGLangClient
+from async_rl.engines.sglang.client import Load, ServerError, ServerGone, ServerRefused, SGLangClient
 from async_rl.engines.sglang.contract import version_name
 from async_rl.engines.sglang.server import ServerFailed, ServerProcess
 from async_rl.engines.sglang.update import ServerBroken, ServerWeights
 from async_rl.errors import UserError
+from async_rl.weights.errors import WeightsError
 from async_rl.wire.messages import WeightsId
 
 PROBE_S = 2.0
@@ -69,6 +70,8 @@ class Worker:
         self._doubted = False
         """It sampled with weights that are not ours, and was not looked at since."""
         self._target: Snapshot | None = None
+        self._refusals = 0
+        """Of weights that it is to catch up on, in a row."""
         self._on_device = asyncio.Event()
         """Else it is off it until the next weights, whatever happens to the server meanwhile."""
         if not off_device:
@@ -139,11 +142,20 @@ class Worker:
                     )
 
     def _catch_up(self) -> None:
-        """Bring it to the newest weights, while it is being watched."""
+        """Bring it to the newest weights, while it is being watched. If it refuses, the next look at it tries again."""
 
         async def catch_up() -> None:
-            if self._target is not None and self._on_device.is_set():
+            if self._target is None or not self._on_device.is_set():
+                return
+            try:
                 await self.update(self._target)
+            except (ServerRefused, WeightsError) as error:
+                self._refusals += 1
+                log.warning("SGLang server %s does not get the weights it lacks: %s", self.client.url, error)
+                if self._refusals >= UPDATE_TRIES:
+                    self._give_up(str(error))
+            else:
+                self._refusals = 0
                 self._news()
 
         self._tasks.create_task(catch_up(), name=f"weights of {self.client.url}")
@@ -223,6 +235,7 @@ class Worker:
 
     async def _start(self) -> None:
         self._asleep = self._doubted = False
+        self._refusals = 0
         if self._process is not None:
             await self._process.start()
             self.client = self._make_client(self._process.url)
@@ -313,6 +326,8 @@ class Worker:
             self.load = await self.client.load(PROBE_ANSWER_S)
             if not self._lock.locked():
                 doubted = self._doubted
+                if self._refusals:
+                    self._catch_up()
                 await self._check_version()
                 if doubted:
                     self._doubted = False
