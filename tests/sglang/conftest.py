@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,26 @@ VERSIONS = 3
 class Server:
     """One server, ours to kill."""
 
-    process: subprocess.Popen[bytes]
+    line: list[str]
     url: str
     log: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            environment = os.environ | CPU_ENVIRONMENT
+            self.process = subprocess.Popen(
+                self.line, stdout=output, stderr=output, start_new_session=True, env=environment
+            )
+
+    def kill(self) -> None:
+        """All of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def wait_up(self) -> None:
         deadline = time.monotonic() + START_S
@@ -112,19 +129,14 @@ def start_server(model_directory: Path, tmp_path_factory: pytest.TempPathFactory
         log = tmp_path_factory.mktemp("server") / "log"
         port = free_port()
         line = [part.replace("{port}", str(port)) for part in command(model_directory, *more)]
-        with log.open("wb") as output:
-            environment = os.environ | CPU_ENVIRONMENT
-            process = subprocess.Popen(line, stdout=output, stderr=output, start_new_session=True, env=environment)
-        one = Server(process, f"http://127.0.0.1:{port}", log)
+        one = Server(line, f"http://127.0.0.1:{port}", log)
         started.append(one)
         one.wait_up()
         return one
 
     yield start
     for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
+        one.kill()
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,8 @@ class SGLangClient:
         self.url = url.rstrip("/")
         self.pauses = 0
         """Leases (engines.sglang.lease) that keep it paused."""
+        self.empty = False
+        """It gave its memory back: it stays paused until it has weights again."""
         self._session = session
 
     # --- sampling ---------------------------------------------------------------------------------------------
@@ -179,8 +181,12 @@ class SGLangClient:
         await self._post("release_memory_occupation", {"tags": MEMORY})
 
     async def take_memory(self) -> None:
-        """They come back, with no sensible content. Only after `release_memory`."""
+        """They come back, with no sensible content. Only after `release_memory`: else the server dies of it."""
         await self._post("resume_memory_occupation", {"tags": MEMORY})
+
+    async def name_weights(self, version: str) -> None:
+        """Call what it holds so. Tokens that come afterwards carry the name."""
+        await self._post("update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     # --- what it is and how it is -----------------------------------------------------------------------------
 

@@ -33,6 +33,11 @@ INPUT_RESERVE = 7
 """A piece begins so many tokens before the end of the context at the latest."""
 
 
+ASLEEP, EMPTY = "async_rl.asleep", "async_rl.empty"
+"""What a server's weights are called that gave its memory back, and then that has it again, with no sensible content.
+The server keeps them as long as it lives: whoever comes next learns from them what is there."""
+
+
 class ContractBroken(AsyncRLError):
     """The server said something that its contract does not allow."""
 

@@ -3,7 +3,7 @@
 async with PauseLease(client, "retract", seconds=30) as lease:
     lease.soil()            # from here on the server's weights are neither old nor new: nothing may resume it
     ...
-    lease.dirty = False
+    lease.clean()
 print(lease.held_s)
 """
 
@@ -55,6 +55,10 @@ class PauseLease:
     ) -> None:
         await self._release()
 
+    def clean(self) -> None:
+        """All weights are there."""
+        self.dirty = self._client.empty = False
+
     def soil(self) -> None:
         """The next call may change weights. Buckets that reach a server at work would give it half of them.
 
@@ -81,8 +85,8 @@ class PauseLease:
 
     async def _expire(self) -> None:
         await asyncio.sleep(self._seconds)
-        if self.dirty:
-            log.warning("%s: a pause outlives its %g s, the weights are half loaded", self._client.url, self._seconds)
+        if self.dirty or self._client.empty:
+            log.warning("%s: a pause outlives its %g s, the weights are not all there", self._client.url, self._seconds)
             return
         self.expired = True
         self._client.pauses -= 1
@@ -91,8 +95,8 @@ class PauseLease:
 
     async def _resume(self) -> None:
         """A server that stays paused is worse than an error, so it is asked more than once."""
-        if self._client.pauses > 0:
-            return  # others still hold it
+        if self._client.pauses > 0 or self._client.empty:
+            return  # others still hold it, or there is nothing to sample with
         for attempt in range(RESUME_TRIES):
             try:
                 await self._client.resume()

@@ -1,6 +1,7 @@
 """New weights for one SGLang server: pause -> begin -> buckets -> version -> end -> resume, and if that fails:
 
     nothing loaded yet        the server goes on with the old weights, and the caller hears why
+    it had no weights, or
     anything later            it stays paused; the whole snapshot is read from disk, checked, and only then it resumes
     that fails as well        ServerBroken: it stays paused, for what it would sample with has no version
 
@@ -85,7 +86,7 @@ class ServerWeights:
                 try:
                     await self._by_group(lease, self._push, snapshot)
                 except (ServerRefused, WeightsError) as error:
-                    if not lease.dirty:
+                    if not (lease.dirty or self._client.empty):
                         raise
                     log.warning("%s; the server stays paused and reads all weights from disk", error)
                     self.reloads += 1
@@ -113,7 +114,7 @@ class ServerWeights:
                 await push.send(part, version=version, flush=last and self._flush)
         finally:
             await self._client.end_update()
-        lease.dirty = False
+        lease.clean()
 
     async def _begin(self) -> None:
         """A session that somebody left open, because they died in it, is closed."""
@@ -140,7 +141,7 @@ class ServerWeights:
         finally:
             with contextlib.suppress(OSError):
                 shutil.rmtree(directory)
-        lease.dirty = False
+        lease.clean()
 
     async def _verify(self, snapshot: Snapshot) -> None:
         """The server's checksums are those of the snapshot. On a CPU they are SHA-256, which we compute too; on CUDA

@@ -21,7 +21,7 @@ from typing import Any
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.client import Load, ServerError, ServerGone, ServerRefused, SGLangClient
-from async_rl.engines.sglang.contract import version_name
+from async_rl.engines.sglang.contract import ASLEEP, EMPTY, version_name
 from async_rl.engines.sglang.server import ServerFailed, ServerProcess
 from async_rl.engines.sglang.update import ServerBroken, ServerWeights
 from async_rl.errors import UserError
@@ -78,8 +78,6 @@ class Worker:
             self._on_device.set()
         self._runs = False
         """It is up, or about to be: it may hold memory there."""
-        self._asleep = False
-        """This run of the server has given its memory back."""
         self.held: WeightsId | None = None
         """What it samples with, as far as we loaded it."""
         self.pieces = 0
@@ -127,7 +125,10 @@ class Worker:
                         raise
                     raise UserError(f"generator.sglang: {error}") from None
                 self._lost = ""
-                self._up.set()
+                if not self._on_device.is_set():
+                    await self._leave()  # it came, or came back, in somebody else's turn
+                if not self._lost:
+                    self._up.set()
                 self._catch_up()
                 why = await self._watch()
                 self._up.clear()
@@ -145,8 +146,8 @@ class Worker:
         """Bring it to the newest weights, while it is being watched. If it refuses, the next look at it tries again."""
 
         async def catch_up() -> None:
-            if self._target is None or not self._on_device.is_set():
-                return
+            if self._target is None or not self._on_device.is_set() or self.client.empty:
+                return  # what has no memory takes it when it is told to
             try:
                 await self.update(self._target)
             except (ServerRefused, WeightsError) as error:
@@ -212,20 +213,30 @@ class Worker:
                 stopped(self)
                 return
             await self._wait_up()
-            try:
-                self.client.pauses += 1  # one that no deadline ends
-                self._asleep = True
-                await self.client.pause("retract")
-                stopped(self)
+            await self._leave(stopped)
+
+    async def _leave(self, stopped: Callable[[Worker], None] = lambda _: None) -> None:
+        """It names itself before it gives its memory back: if we die in between, nobody loads into nothing."""
+        try:
+            self.client.empty = True  # a pause that no deadline ends
+            await self.client.pause("retract")
+            stopped(self)
+            if await self.client.weight_version() != ASLEEP:
+                await self.client.name_weights(ASLEEP)
                 await self.client.release_memory()
-            except ServerGone as error:
-                self._give_up(str(error))  # what is dead has left the device
+        except ServerGone as error:
+            self._give_up(str(error))  # what is dead has left the device
 
     async def _wake(self) -> None:
-        if self._asleep:
+        """It takes its memory again, unless it was started anew meanwhile: then it never gave it back."""
+        if not self.client.empty:
+            return
+        found = await self.client.weight_version()
+        if found == ASLEEP:
             await self.client.take_memory()
-            self._asleep = False
-            self.client.pauses -= 1
+            await self.client.name_weights(EMPTY)
+        elif found != EMPTY:
+            self.client.empty = False
 
     async def close(self) -> None:
         if self._process is not None:
@@ -234,7 +245,7 @@ class Worker:
             await self._weights.close()
 
     async def _start(self) -> None:
-        self._asleep = self._doubted = False
+        self._doubted = False
         self._refusals = 0
         if self._process is not None:
             await self._process.start()
@@ -243,6 +254,7 @@ class Worker:
             await self._process.wait_ready(self.client, self._start_s)
         else:
             await self._attach()
+        self.client.empty = await self.client.weight_version() in (ASLEEP, EMPTY)
         info = await self.client.info()
         if info.max_input < self._max_input:
             raise ServerFailed(
@@ -352,7 +364,7 @@ class Worker:
     async def _end_foreign_pause(self) -> None:
         """No endpoint tells whether a server is paused, and resuming one that is not does nothing."""
         stuck = time.monotonic() - self.progressed_at > self._stuck_s
-        if self.pieces and stuck and not self.client.pauses and not self._lock.locked():
+        if self.pieces and stuck and not self.client.pauses and not self.client.empty and not self._lock.locked():
             self.foreign_pauses += 1
             log.warning(
                 "SGLang server %s told of no token for %.0f s with %d requests: resumed, as if somebody had paused it",
