@@ -15,6 +15,7 @@ from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Engine
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.settings import InFlight, Settings
+from async_rl.listening import listen
 from async_rl.models.loading import SUPPORTED, load_tokenizer
 from async_rl.models.parameters import Layout
 
@@ -26,7 +27,8 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
     index: which of the generators this is.
 
     Raises:
-        UserError: the embedded engine does not run this architecture.
+        UserError: the embedded engine does not run this architecture, or SGLang servers are not found or fed as the
+            recipe says.
     """
     device = run.generator.device
     if device == "auto":
@@ -40,6 +42,8 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
             device=device,
         )
     server = run.generator.sglang
+    if server.load_by == "group":  # said before a server takes its time to start
+        listen(server.host, field="generator.sglang.host", owner="generator").close()
     files = directory / f"{name}-sglang"
     attach = server.attach if server.router else server.attach[index :: run.generator.count]
     in_flight: InFlight = "recompute" if run.weights.in_flight == "auto" else run.weights.in_flight

@@ -8,7 +8,6 @@ first; a group in which something failed is never used again, and it is destroye
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
+from async_rl.listening import listen
 from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded
 
 HERE, SUPERSEDED = "here", "superseded"
@@ -185,9 +185,15 @@ def _gloo_device(host: str) -> Any:
     return ProcessGroupGloo.create_default_device()
 
 
-def host_store(host: str, timeout_s: float) -> tuple[TCPStore, int]:
-    """A store server on one interface and a free port; left to itself, TCPStore would listen on all of them."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+def host_store(
+    host: str, timeout_s: float, *, field: str = "weights.host", owner: str = "learner"
+) -> tuple[TCPStore, int]:
+    """A store server on one interface and a free port; left to itself, TCPStore would listen on all of them.
+
+    Raises:
+        UserError: `host`, which the recipe calls `field`, is no address of this machine, which is the `owner`'s.
+    """
+    listener = listen(host, field=field, owner=owner)
     port = int(listener.getsockname()[1])
     store = TCPStore(
         host,

@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from async_rl.errors import UserError
+from async_rl.listening import listen
 from async_rl.weights.files import WeightFile
 from async_rl.weights.slots import Held, hold
 
@@ -39,25 +39,19 @@ class Relay:
         shelf: what there is now; called for each request.
 
     Raises:
-        UserError: the address is taken or not ours.
+        UserError: the address is not ours, or the port is taken.
     """
 
     def __init__(self, shelf: Callable[[], Sequence[WeightFile]], host: str, port: int = 0) -> None:
-        self._shelf, self._host, self._port = shelf, host, port
+        self._shelf = shelf
+        self._listener = listen(host, port, field="weights.host", owner="learner", port_field="weights.relay_port")
         self.token = secrets.token_urlsafe(24)
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner
         self._thread = threading.Thread(target=self._loop.run_forever, name="weights-relay", daemon=True)
         self._thread.start()
-        try:
-            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_S)
-        except OSError as error:
-            self.close()
-            raise UserError(
-                f"weights.relay_port = {port}: cannot listen on {host} ({error.strerror}); write a free port, or 0, "
-                "and in weights.host an address of the learner's machine"
-            ) from None
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_S)
 
     def close(self) -> None:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(STOP_TIMEOUT_S + START_TIMEOUT_S)
@@ -70,7 +64,7 @@ class Relay:
         app.add_routes([web.get("/weights", self._index), web.get("/weights/{name}", self._file)])
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_S)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._host, self._port).start()
+        await web.SockSite(self._runner, self._listener).start()
         host, port, *_ = self._runner.addresses[0]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

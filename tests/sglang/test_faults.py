@@ -125,8 +125,23 @@ def test_a_server_that_cannot_start_is_named(tmp_path: Path) -> None:
     nowhere = command(tmp_path / "nowhere")
     with pytest.RaisesGroup(pytest.RaisesExc(UserError, match=r"generator.sglang: .* exited with .*see .*log")):
         asyncio.run(main(command=nowhere, environment=CPU_ENVIRONMENT, start_s=START_S))
-    with pytest.RaisesGroup(pytest.RaisesExc(UserError, match=r"127.0.0.1:9.*attach.*nothing answered for 1 s")):
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(UserError, match=r"attach = 'http://127.0.0.1:9': nothing answered for 1 s")
+    ):
         asyncio.run(main(attach=["http://127.0.0.1:9"], start_s=1.0))
+
+
+def test_a_router_that_is_not_there_is_named(server: Server, tmp_path: Path) -> None:
+    """Before anything is asked of it: the server behind it is not to blame."""
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[server.url], router="http://127.0.0.1:9/", start_s=1.0)
+        async with running(engine) as feed:
+            await feed.engine.wait_stopped()
+
+    says = r"generator.sglang.router = 'http://127.0.0.1:9': nothing answered for 1 s"
+    with pytest.RaisesGroup(pytest.RaisesExc(UserError, match=says)):
+        asyncio.run(main())
 
 
 @pytest.fixture

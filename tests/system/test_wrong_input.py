@@ -58,6 +58,27 @@ def test_a_busy_port(cli: Any, tmp_path: Path) -> None:
             assert f"{field} = {port}: cannot listen on 127.0.0.1" in line
 
 
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (
+            ["weights.host=203.0.113.5", "weights.transport=process_group"],
+            "weights.host = '203.0.113.5': cannot listen there (Cannot assign requested address); write an address of "
+            "the learner's machine",
+        ),
+        (
+            ["generator.sglang.host=203.0.113.5", "generator.engine=sglang"],
+            "generator.sglang.host = '203.0.113.5': cannot listen there (Cannot assign requested address); write an "
+            "address of the generator's machine",
+        ),
+    ],
+)
+def test_an_address_that_is_not_ours(cli: Any, tmp_path: Path, sets: list[str], says: str) -> None:
+    """A service that finds it out says so and is not started again."""
+    flags = [part for one in sets for part in ("--set", one)]
+    assert says in refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / "run"), *flags)
+
+
 def test_an_unwritable_directory(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refused(cli, "train", str(SORT), "--run-dir", str(tmp_path / "file" / "run"))

@@ -245,3 +245,5 @@ def test_a_port_that_is_taken_is_named(learner: Learner) -> None:
     taken = int(learner.send(1).location.rpartition(":")[2])
     with pytest.raises(UserError, match=f"weights.relay_port = {taken}: cannot listen"):
         Relay(tuple, "127.0.0.1", taken)
+    with pytest.raises(UserError, match=r"weights.host = '203\.0\.113\.5': cannot listen there \(Cannot assign"):
+        Relay(tuple, "203.0.113.5", taken)

@@ -10,6 +10,7 @@ ServerError
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -90,10 +91,11 @@ class SGLangClient:
             ServerGone, ServerRefused
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S)
+        who = f"SGLang router {url}" if url else f"SGLang server {self.url}"
         try:
             async with self._session.post(f"{url or self.url}/generate", json=body, timeout=timeout) as response:
                 if response.status != 200:
-                    refused = ServerRefused(self._say("generate", await _reason(response)))
+                    refused = ServerRefused(f"{who}, generate: {await _reason(response)}")
                     refused.busy = response.status in BUSY
                     raise refused
                 if not body["stream"]:
@@ -109,11 +111,11 @@ class SGLangClient:
                         return
                     event: dict[str, Any] = msgspec.json.decode(data)
                     if "error" in event:
-                        raise ServerRefused(self._say("generate", str(event["error"])))
+                        raise ServerRefused(f"{who}, generate: {event['error']}")
                     yield event
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise ServerGone(self._say("generate", str(error) or type(error).__name__)) from error
-        raise ServerGone(self._say("generate", "the answer broke off"))
+            raise ServerGone(f"{who}, generate: {str(error) or type(error).__name__}") from error
+        raise ServerGone(f"{who}, generate: the answer broke off")
 
     async def abort(self, rid: str) -> None:
         """Its call ends with the tokens it has. Unknown ids are ignored; a prefix aborts all ids that begin so."""
@@ -200,6 +202,11 @@ class SGLangClient:
             max_input=int(found.get("max_req_input_len") or 0),
             dp_size=int(found.get("dp_size") or 1),
         )
+
+    async def be_there(self, timeout_s: float) -> None:
+        """For a router: whatever it answers. Raises ServerGone."""
+        with contextlib.suppress(ServerRefused):
+            await self._get("health", timeout_s)
 
     async def weight_version(self) -> str:
         return str((await self._get("model_info", ANSWER_S))["weight_version"])

@@ -307,6 +307,7 @@ class SGLangEngine:
                 start_s=settings.start_s,
                 stuck_s=settings.stuck_s,
                 max_input=self._max_input,
+                router=settings.router,
                 off_device=settings.off_device,
                 news=lambda: self._calls.admit(),
             )

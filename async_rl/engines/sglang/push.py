@@ -72,12 +72,13 @@ class WeightPush:
 
         Raises:
             ServerError, WeightsError: there is none now.
+            UserError: our address is none of ours.
         """
         if self._group is not None:
             return
         info = await self._client.info()
         name = f"async_rl-{os.getpid()}-{next(SERIAL)}"
-        store, port = host_store(self._host, self._timeout_s)
+        store, port = host_store(self._host, self._timeout_s, field="generator.sglang.host", owner="generator")
         size = 1 + info.tp_size
         joined = asyncio.create_task(
             self._client.init_group(self._host, port, size, name, self._backend, self._timeout_s)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from async_rl.engines.protocol import Snapshot
@@ -52,14 +52,16 @@ class Worker:
         start_s: float,
         stuck_s: float,
         max_input: int,
+        router: str = "",
         off_device: bool = False,
         news: Callable[[], None],
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
-        long without progress means that somebody paused it. off_device: the device is somebody else's until the first
-        weights. news: called when something may begin that could not."""
+        long without progress means that somebody paused it. router: what `url` is attached behind. off_device: the
+        device is somebody else's until the first weights. news: called when something may begin that could not."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
+        self._router = make_client(router) if router else None
         self.client = make_client(url)
         self._weights = make_weights(self.client)
         self._up = asyncio.Event()
@@ -269,16 +271,29 @@ class Worker:
             )
 
     async def _attach(self) -> None:
+        """Until the server answers, and the router in front of it."""
         deadline = asyncio.get_running_loop().time() + self._start_s
+        await self._wait_answer(lambda: self.client.info(PROBE_ANSWER_S), "attach", self.client.url, deadline)
+        if (router := self._router) is not None:
+            await self._wait_answer(lambda: router.be_there(PROBE_ANSWER_S), "router", router.url, deadline)
+
+    async def _wait_answer(self, ask: Callable[[], Awaitable[Any]], field: str, url: str, deadline: float) -> None:
+        """Raises UserError where nothing ever answered at this URL of the recipe, ServerFailed where no longer."""
+        told = False
         while True:
             try:
-                await self.client.info(PROBE_ANSWER_S)
+                await ask()
                 return
             except ServerError as error:
                 if asyncio.get_running_loop().time() >= deadline:
-                    raise ServerFailed(
-                        f"{error} (generator.sglang.attach): nothing answered for {self._start_s:.0f} s"
+                    failure = ServerFailed if self.restarted else UserError
+                    raise failure(
+                        f"generator.sglang.{field} = {url!r}: nothing answered for {self._start_s:.0f} s ({error}); "
+                        "write the URL of one that runs, or a larger generator.sglang.start_s"
                     ) from None
+                if not told:
+                    log.warning("%s: waiting for it, up to %.0f s", error, self._start_s)
+                told = True
                 await asyncio.sleep(PROBE_S)
 
     async def _wait_up(self) -> None:
