@@ -190,6 +190,9 @@ class Learner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Fuse what is between matrix products (torch.compile), for a GPU; the first two steps take a while longer."""
     lora: Lora | None = None
     """Train adapters and freeze the rest; default: train everything."""
+    mismatch_steps: int = 10
+    """Every so many steps, engine and learner are compared under the same weights, also where all tokens of a batch are
+    of older ones: a copy of the weights is kept for it meanwhile, in host memory; 0 = never."""
     sharding: Literal["none", "full"] = "none"
     """none: every rank holds all weights and optimiser states. full: each holds 1 / ranks of them (FSDP2)."""
 

@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     "critic.clip",
     "critic.coef",
     "reference.refresh_steps",
+    "learner.mismatch_steps",
     "evaluation.tasks",
     "evaluation.every_steps",
     "checkpoint.keep_best",

@@ -1,7 +1,4 @@
-"""How far the proximal (trainer) log-probs are from the behaviour (engine) log-probs of the same tokens.
-
-k3 above 1e-3 at equal version means an engine bug: temperature, a mask, a stale cache, other kernels.
-"""
+"""How far the proximal (trainer) log-probs are from the behaviour (engine) log-probs of the same tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from async_rl.algorithms.ratios import log_ratio
-
-K3_ALARM = 1e-3
 
 
 class Mismatch(NamedTuple):

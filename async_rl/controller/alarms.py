@@ -1,10 +1,12 @@
-"""What a user should hear of while it happens: episodes that all fail, groups that are all filtered, length bias."""
+"""What a user should hear of while it happens: episodes that all fail, groups that are all filtered, length bias, an
+engine that computes other log-probs than the learner."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from async_rl.config import Run
+from async_rl.controller.mismatch_alarm import MismatchAlarm
 from async_rl.errors import UserError
 from async_rl.telemetry.journal import Row
 from async_rl.telemetry.lengths import CohortReport
@@ -20,6 +22,7 @@ class Alarms:
         self._run, self._say = run, say
         self._filtered = self._failed = 0
         self._biased = False
+        self._mismatch = MismatchAlarm(run, say)
         self.lengths: Row | None = None
         """Of the newest complete cohort."""
 
@@ -47,6 +50,10 @@ class Alarms:
                 f"(tracebacks are in {details}; environment.failures_in_a_row is the limit). The same command "
                 "continues the run."
             )
+
+    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done; what the learner says of it."""
+        self._mismatch.step(step, metrics)
 
     def cohort(self, report: CohortReport) -> None:
         """Every rollout of a cohort has ended."""

@@ -641,6 +641,7 @@ class Controller:
             self._rollouts.flush()
         self.ledger.trained(done.step)
         self._commits.want()
+        self._alarms.trained(done.step, done.metrics)
         self._usage.read("learner", done.activity)
         self._usage.read("controller", self._tracker.activity())
         self.journal.step(self._row(done))

@@ -19,6 +19,8 @@ from typing import Literal
 
 import msgspec
 
+from async_rl.telemetry.agreement import limits
+
 Cause = Literal[
     "none",
     "temperature",
@@ -39,11 +41,6 @@ PART_SLACK = 2.0
 """A part of the tokens may differ by so many times what all of them may: there are fewer, and none like the others."""
 CUT_SHARE = 0.99
 """Share of tokens that a truncation must explain."""
-MEAN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.06}
-"""Mean absolute difference of log-probs in nats, by the coarser of the two dtypes. Measured on SmolLM2-135M at
-temperature 1: 7e-6 in float32, 0.026 to 0.031 with one side in bfloat16, 0.037 to 0.041 with both."""
-K3_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
-"""Measured: 4e-11, 7e-4 to 1.2e-3, and 1.7e-3 to 1.9e-3."""
 
 
 class Gap(msgspec.Struct, frozen=True):
@@ -111,13 +108,7 @@ def agrees(gap: Gap | None, *dtypes: str, slack: float = 1.0) -> bool:
     """No further apart than engine and learner of these dtypes may be; False where it was not tried."""
     if gap is None or gap.tokens == 0:
         return False
-    k3 = max(K3_TOLERANCE[dtype] for dtype in dtypes)
-    return gap.mean <= slack * tolerance(*dtypes) and gap.k3 <= slack**2 * k3
-
-
-def tolerance(*dtypes: str) -> float:
-    """Of the mean absolute difference."""
-    return max(MEAN_TOLERANCE[dtype] for dtype in dtypes)
+    return limits(*dtypes).hold(gap.mean, gap.k3, slack)
 
 
 def drawn(draws: Draws | None) -> bool:

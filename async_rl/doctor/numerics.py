@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from async_rl.config import Run
-from async_rl.doctor.diagnosis import Gap, Observations, agrees, drawn, tolerance
+from async_rl.doctor.diagnosis import Gap, Observations, agrees, drawn
 from async_rl.doctor.recomputation import Recomputation
 from async_rl.engines.make import make_engine
 from async_rl.engines.protocol import Engine, Snapshot
@@ -31,6 +31,7 @@ from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.stages import local_engine
 from async_rl.stages.episodes import Group, episodes
 from async_rl.tasks.source import heldout_tasks, train_task
+from async_rl.telemetry.agreement import limits
 from async_rl.wire.messages import GroupLease, Sampling, Task, WeightsId
 from async_rl.wire.messages import Sequence as WireSequence
 
@@ -113,7 +114,7 @@ def observe(run: Run, make: MakeEngine) -> Observations:
         best_temperature=best,
         at_best_temperature=recomputed.gap(recomputed.logprobs(best)),
         older_weights=older_weights,
-        renormalised=recomputed.renormalised(logp_K, temperature, tolerance(engine, learner)),
+        renormalised=recomputed.renormalised(logp_K, temperature, limits(engine, learner).mean),
         fresh_engine=gap(sample(None, newer), learner),
         float32_engine=gap(sample("float32", newer), learner),
         float32_learner=gap(groups, "float32"),

@@ -48,11 +48,13 @@ class StepBatch:
     behaviour_A: npt.NDArray[np.float32]
     version_A: Ints
     """-1 where the policy did not sample the token: such a token is never trained on."""
-    fresh_A: Bools
-    """Sampled under `version` itself, with no older KV: engine and learner must agree on its log-prob."""
+    unmixed_A: Bools
+    """Sampled with no keys and values older than its version: under the weights of its version the learner must come
+    to the same log-prob as the engine."""
     span_rollout_R: Ints
     span_tokens_R: Ints
     span_version_R: Ints
+    span_unmixed_R: Bools
 
     @property
     def num_rollouts(self) -> int:
@@ -74,8 +76,8 @@ class PackedMicroBatch:
     """[K] float32"""
     version_K: Tensor
     """[K] int64, at least 0"""
-    fresh_K: Tensor
-    """[K] bool, see StepBatch.fresh_A"""
+    unmixed_K: Tensor
+    """[K] bool, see StepBatch.unmixed_A"""
     sample_K: Tensor
     """[K] int64, which of `rollout_n` the token belongs to"""
     rollout_n: Tensor
@@ -108,8 +110,8 @@ def flatten(message: MicroBatches, ranks: int = 1) -> StepBatch:
     sampled_A = ranges(start_S[sequence_R] + begin_R, end_R - begin_R)
     version_A = np.full(int(length_S.sum()), -1, np.int64)
     version_A[sampled_A] = np.repeat(version_R, end_R - begin_R)
-    fresh_A = np.zeros(len(version_A), np.bool_)
-    fresh_A[sampled_A] = np.repeat((version_R == message.version) & (kv_version_R == version_R), end_R - begin_R)
+    unmixed_A = np.zeros(len(version_A), np.bool_)
+    unmixed_A[sampled_A] = np.repeat(kv_version_R == version_R, end_R - begin_R)
     tokens_A = np.frombuffer(b"".join([s.tokens for s in sequences]), "<i4")
     return StepBatch(
         step=message.step,
@@ -122,10 +124,11 @@ def flatten(message: MicroBatches, ranks: int = 1) -> StepBatch:
         sequences=Sequences.of(tokens_A, version_A >= 0, length_S),
         behaviour_A=np.frombuffer(b"".join([s.logprobs for s in sequences]), "<f4"),
         version_A=version_A,
-        fresh_A=fresh_A,
+        unmixed_A=unmixed_A,
         span_rollout_R=rollout_S[sequence_R],
         span_tokens_R=end_R - begin_R,
         span_version_R=version_R,
+        span_unmixed_R=kv_version_R == version_R,
     )
 
 
@@ -146,7 +149,7 @@ def pack(step: StepBatch, rollouts: Sequence[int], *, share_prompts: bool = True
         token_K=torch.from_numpy(packed.token_K),
         behaviour_K=torch.from_numpy(step.behaviour_A[packed.token_K]),
         version_K=torch.from_numpy(step.version_A[packed.token_K]),
-        fresh_K=torch.from_numpy(step.fresh_A[packed.token_K]),
+        unmixed_K=torch.from_numpy(step.unmixed_A[packed.token_K]),
         sample_K=torch.from_numpy(sample_s[packed.place_K]),
         rollout_n=torch.from_numpy(rollout_n),
     )

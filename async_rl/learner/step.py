@@ -27,9 +27,11 @@ from async_rl.algorithms.metrics import skip_reason, summarise
 from async_rl.algorithms.objective import Objective
 from async_rl.config import Run, Staleness
 from async_rl.errors import AsyncRLError
-from async_rl.learner.batch import PackedMicroBatch, StepBatch, pack
+from async_rl.learner.batch import StepBatch, pack
 from async_rl.learner.distributed import Ranks
+from async_rl.learner.former_weights import FormerWeights
 from async_rl.learner.metrics import batch_metrics
+from async_rl.learner.mismatch import MAX_LAGS, mismatch_metrics, mismatch_sums
 from async_rl.learner.optimisation import Optimisation, Stats, ignored, never
 from async_rl.learner.packing import move, to_device
 from async_rl.learner.policy import PackedPolicy
@@ -70,6 +72,8 @@ class TrainStep:
         self._run, self._policy, self._optimisation, self._objective = run, policy, optimisation, objective
         self._ranks, self._device, self._roles = ranks, ranks.device, roles
         self._bound = weight_bound(run.staleness)
+        self._lags = min(run.staleness.max_staleness + 1, MAX_LAGS)
+        self._former = FormerWeights(run, policy, optimisation, ranks)
 
     def __call__(
         self, step: StepBatch, abandon: Callable[[], bool] = never, last_begins: Callable[[], None] = ignored
@@ -82,6 +86,7 @@ class TrainStep:
             Abandoned: `abandon` said so on some rank; the weights have not changed.
             StalenessViolated: promise P1 does not hold; the weights have not changed.
         """
+        former = self._former(step, abandon)
         step, rewards = self._roles.rewarded(step, abandon)
         estimates = self._roles.estimates(step, self._bound, self._policy, abandon)
         whole = normaliser(step, self._run.rollout.max_new_tokens)
@@ -93,7 +98,7 @@ class TrainStep:
         if values.pop("stale_weight", 0.0) != 0.0:
             raise StalenessViolated(f"step {step.step}: tokens more than {self._bound} versions old have weight")
         metrics = batch_metrics(step, self._bound) | {"loss": totals.loss, "grad_norm": totals.grad_norm}
-        metrics |= rewards | estimates.metrics | _equal_version_metrics(values)
+        metrics |= rewards | estimates.metrics | mismatch_metrics(values, self._lags, former)
         metrics |= summarise({name: torch.tensor(value) for name, value in values.items()}) if values else {}
         allowed = "kept_tokens" in metrics and skip_reason(metrics) is None
         if critic is not None and valued is not None and critic_totals is not None:
@@ -135,28 +140,6 @@ class TrainStep:
         )
         stats = dict(out.stats)
         stats["stale_weight"] = out.weight_T.abs().where(~fresh_enough_K, 0.0).sum()
-        stats |= _equal_version_stats(logprobs.logp_K.detach(), microbatch)
+        stats |= mismatch_sums(logprobs.logp_K, microbatch, step.version, self._lags)
         stats.setdefault("entropy", entropy_K.detach().where(fresh_enough_K, 0.0).sum())
         return out.loss, stats
-
-
-@torch.no_grad()
-def _equal_version_stats(logp_K: Tensor, microbatch: PackedMicroBatch) -> Stats:
-    """Where engine and learner had the same weights and no older KV, their log-probs must agree."""
-    gap_K = (logp_K - microbatch.behaviour_K).abs().where(microbatch.fresh_K, 0.0)
-    return {
-        "equal_tokens": microbatch.fresh_K.sum(),
-        "equal_gap": gap_K.sum(),
-        "equal_gap_max": gap_K.max() if len(gap_K) else gap_K.sum(),
-    }
-
-
-def _equal_version_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Takes its own statistics out of `values`."""
-    tokens = values.pop("equal_tokens", 0.0)
-    gap, highest = values.pop("equal_gap", 0.0), values.pop("equal_gap_max", 0.0)
-    return {
-        "equal_version_tokens": tokens,
-        "equal_version_gap": gap / tokens if tokens else 0.0,
-        "equal_version_gap_max": highest,
-    }
