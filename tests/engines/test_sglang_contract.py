@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from async_rl.engines.protocol import Request
 from async_rl.engines.sglang.contract import (
+    ASLEEP,
+    EMPTY,
+    HALF,
     ContractBroken,
     Piece,
     generate_body,
+    new_owner,
     parse_version,
     piece_limit,
     version_name,
@@ -31,13 +35,20 @@ def event(entries: list[tuple[float, int]], total: int, **meta: Any) -> dict[str
     return {"meta_info": {"output_token_logprobs": logprobs, "completion_tokens": total, "finish_reason": None} | meta}
 
 
+OWNER = new_owner()
+
+
+def name(version: int) -> str:
+    return version_name(OWNER, WeightsId(0, version))
+
+
 LENGTH = {"type": "length", "length": 3}
 
 
 @pytest.mark.parametrize("cumulative", [True, False])
 def test_events_of_either_kind_add_up(cumulative: bool) -> None:
     one, tokens = piece(), [(-0.5, 10), (-1.0, 11), (-1.5, 12)]
-    versions = [{"version": "0.3", "start": 0, "end": 2}, {"version": "0.4", "start": 2, "end": 3}]
+    versions = [{"version": name(3), "start": 0, "end": 2}, {"version": name(4), "start": 2, "end": 3}]
     news = [
         one.take(event(tokens[:1], 1)),
         one.take(event(tokens[:2] if cumulative else tokens[1:2], 2)),
@@ -45,15 +56,15 @@ def test_events_of_either_kind_add_up(cumulative: bool) -> None:
     ]
     assert news == [1, 1, 1]
     assert (one.tokens, one.logprobs, one.reason) == ([10, 11, 12], [-0.5, -1.0, -1.5], "length")
-    assert one.spans(None) == [VersionSpan(0, 2, 3, 3), VersionSpan(2, 3, 4, 4)]
-    assert one.spans(WeightsId(0, 3)) == [VersionSpan(0, 2, 3, 3), VersionSpan(2, 3, 4, 3)]
+    assert one.spans(OWNER, None) == [VersionSpan(0, 2, 3, 3), VersionSpan(2, 3, 4, 4)]
+    assert one.spans(OWNER, WeightsId(0, 3)) == [VersionSpan(0, 2, 3, 3), VersionSpan(2, 3, 4, 3)]
 
 
 def test_the_abort_of_a_request_that_waits_tells_everything_again() -> None:
     one = piece()
     one.take(event([(-0.5, 10)], 1))
     one.take(event([(-1.0, 11)], 2))
-    versions = [{"version": "0.3", "start": 0, "end": 2}]
+    versions = [{"version": name(3), "start": 0, "end": 2}]
     assert one.take(event([(-0.5, 10), (-1.0, 11)], 2, finish_reason={"type": "abort"}, weight_versions=versions)) == 0
     assert (one.tokens, one.reason) == ([10, 11], "abort")
 
@@ -68,16 +79,31 @@ def test_what_does_not_add_up_is_refused() -> None:
     one.take(event([(-0.5, 10)], 1))
     with pytest.raises(ContractBroken, match="1 tokens after 1 do not make 4"):
         one.take(event([(-1.0, 11)], 4))
-    versions = [{"version": "0.3", "start": 0, "end": 1}]
+    versions = [{"version": name(3), "start": 0, "end": 1}]
     with pytest.raises(ContractBroken, match="versions of 1 tokens, there are 2"):
         one.take(event([(-1.0, 11)], 2, finish_reason=LENGTH, weight_versions=versions))
 
 
-def test_weights_of_somebody_else_have_no_spans() -> None:
+@pytest.mark.parametrize("version", ["default", "0.3", HALF, version_name(new_owner(), WeightsId(0, 3))])
+def test_weights_of_somebody_else_have_no_spans(version: str) -> None:
     one = piece()
-    versions = [{"version": "default", "start": 0, "end": 1}]
+    versions = [{"version": version, "start": 0, "end": 1}]
     one.take(event([(-0.5, 10)], 1, finish_reason=LENGTH, weight_versions=versions))
-    assert one.spans(None) is None
+    assert one.spans(OWNER, None) is None
+
+
+def test_lineages_of_one_engine_meet_in_a_piece() -> None:
+    one = piece()
+    names = [version_name(OWNER, WeightsId(0, 9)), HALF, version_name(OWNER, WeightsId(1, 4))]
+    cuts = [0, 1, 1, 2]
+    versions = [{"version": v, "start": s, "end": e} for v, s, e in zip(names, cuts, cuts[1:], strict=False)]
+    one.take(event([(-0.5, 10), (-0.5, 11)], 2, finish_reason=LENGTH, weight_versions=versions))
+    assert one.spans(OWNER, None) == [VersionSpan(0, 1, 9, 9), VersionSpan(1, 2, 4, 4)]
+
+
+def test_later_engines_sort_behind_earlier_ones() -> None:
+    owners = [new_owner() for _ in range(100)]
+    assert owners == sorted(set(owners))
 
 
 def test_ending_tokens_are_the_request_s_own() -> None:
@@ -91,10 +117,14 @@ def test_ending_tokens_are_the_request_s_own() -> None:
 
 @given(st.integers(0, 9), st.integers(-1, 10**6))
 def test_versions_survive_the_server(lineage: int, version: int) -> None:
-    assert parse_version(version_name(WeightsId(lineage, version))) == WeightsId(lineage, version)
+    weights = WeightsId(lineage, version)
+    assert parse_version(version_name(OWNER, weights)) == (OWNER, weights)
 
 
-@pytest.mark.parametrize("text", ["default", "v0", "3", "", "a.1", "1.b", "."])
+@pytest.mark.parametrize(
+    "text",
+    ["default", "v0", "3", "", "a.1", "1.b", ".", "0.3", "a.0.3", f"{OWNER}.0", f"{OWNER}.0.3.1", ASLEEP, EMPTY, HALF],
+)
 def test_what_is_not_a_version_of_ours(text: str) -> None:
     assert parse_version(text) is None
 

@@ -15,9 +15,11 @@ import psutil
 import pytest
 from engine_cases import request
 
+from async_rl.engines.sglang.contract import version_name
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.server import free_port
 from async_rl.errors import UserError
+from async_rl.wire.messages import WeightsId
 
 from .conftest import CPU_ENVIRONMENT, PYTHON, START_S, Server, command
 from .sglang_cases import drifting, make_engine, running, snapshot
@@ -62,7 +64,8 @@ def test_weights_that_somebody_else_loaded_are_replaced(
             await asyncio.to_thread(server.run, meddle)
             await feed.finish()
             feed.check(models)
-            assert await asyncio.to_thread(server.run, lambda client: client.weight_version()) == "0.0"
+            found = await asyncio.to_thread(server.run, lambda client: client.weight_version())
+            assert found == version_name(engine._owner, WeightsId(0, 0))
 
     asyncio.run(main())
 

@@ -76,7 +76,7 @@ def test_an_update_that_breaks_off_is_mended_from_disk(
     """Between two buckets the way to the server is lost. It stays paused until all weights were read and checked."""
     real, sent = WeightPush.send, 0
 
-    async def send(push: WeightPush, bucket: Bucket, *, version: str | None, flush: bool) -> None:
+    async def send(push: WeightPush, bucket: Bucket, *, version: str, flush: bool) -> None:
         nonlocal sent
         sent += 1
         if sent == 3:

@@ -79,15 +79,18 @@ class Calls:
         stream_tokens: int,
         keeps_cache: bool,
         router: str,
+        owner: str,
         deliver: Callable[[list[Chunk]], None],
         stepped: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
         """keeps_cache: sequences go on over KV of older weights, so that prefixes are salted with the weights a request
-        began under. stepped: tokens have come. changed: the number of requests with servers may have."""
+        began under. owner: whose weights count as ours. stepped: tokens have come. changed: the number of requests with
+        servers may have."""
         self._workers, self._slots, self._max_input = workers, slots, max_input
         self._stream_tokens, self._keeps_cache, self._router = stream_tokens, keeps_cache, router
         self._deliver, self._stepped, self._changed = deliver, stepped, changed
+        self._owner = owner
         self._waiting = Waiting()
         self._running: dict[int, Live] = {}
         self._ready: deque[Live] = deque()
@@ -235,7 +238,7 @@ class Calls:
     async def _listen(self, worker: Worker, open_pieces: dict[str, Live]) -> None:
         """Take events until every piece is over; those that are leave `open_pieces`."""
         first = next(iter(open_pieces.values()))
-        salt = version_name(first.entry) if self._keeps_cache and first.entry is not None else ""
+        salt = version_name(self._owner, first.entry) if self._keeps_cache and first.entry is not None else ""
         pieces = [live.piece for live in open_pieces.values() if live.piece is not None]
         body = generate_body(pieces, stream_tokens=self._stream_tokens, salt=salt)
         async for event in worker.client.generate(body, self._router):
@@ -268,7 +271,7 @@ class Calls:
     # --- the end of a piece -----------------------------------------------------------------------------------
 
     def _over(self, live: Live, piece: Piece) -> None:
-        spans = piece.spans(live.entry if self._keeps_cache else None)
+        spans = piece.spans(self._owner, live.entry if self._keeps_cache else None)
         if spans is None:
             log.warning("request %d was sampled by weights %s, which are not ours", live.request.id, piece.versions)
             if live.worker is not None:

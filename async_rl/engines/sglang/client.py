@@ -154,10 +154,11 @@ class SGLangClient:
         group: str,
         timeout_s: float,
         *,
-        version: str | None,
+        version: str,
         flush: bool,
     ) -> None:
-        """Receive one flattened bucket from rank 0 and load it; answers when it is loaded. version: set afterwards."""
+        """Receive one flattened bucket from rank 0 and load it; answers when it is loaded. version: what the weights
+        are called then."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),

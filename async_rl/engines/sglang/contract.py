@@ -16,6 +16,9 @@ What a reader has to know of the server:
 
 from __future__ import annotations
 
+import re
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,30 +36,38 @@ INPUT_RESERVE = 7
 """A piece begins so many tokens before the end of the context at the latest."""
 
 
-ASLEEP, EMPTY = "async_rl.asleep", "async_rl.empty"
-"""What a server's weights are called that gave its memory back, and then that has it again, with no sensible content.
-The server keeps them as long as it lives: whoever comes next learns from them what is there."""
+ASLEEP, EMPTY, HALF = "async_rl.asleep", "async_rl.empty", "async_rl.half"
+"""What the weights of a server are called that gave its memory back; that has it again, with no sensible content; that
+got some of the buckets. The server keeps the name as long as it lives: whoever comes next learns from it what is there,
+and a token that was sampled there all the same is nobody's."""
+
+
+VERSION_NAME = re.compile(r"(async_rl-[0-9a-f]+)\.(\d+)\.(-?\d+)", re.ASCII)
 
 
 class ContractBroken(AsyncRLError):
     """The server said something that its contract does not allow."""
 
 
-def version_name(weights: WeightsId) -> str:
-    """How weights are called on the server: `lineage.version`.
+def new_owner() -> str:
+    """What an engine calls itself in the names of its weights. No two engines are called the same; of two, the one that
+    came later sorts behind the other."""
+    return f"async_rl-{time.time_ns():016x}{secrets.token_hex(2)}"
 
-    >>> version_name(WeightsId(0, 12))
-    '0.12'
+
+def version_name(owner: str, weights: WeightsId) -> str:
+    """How weights are called on the server: `owner.lineage.version`.
+
+    >>> version_name("async_rl-1871f0a7", WeightsId(0, 12))
+    'async_rl-1871f0a7.0.12'
     """
-    return f"{weights.lineage}.{weights.version}"
+    return f"{owner}.{weights.lineage}.{weights.version}"
 
 
-def parse_version(text: str) -> WeightsId | None:
-    """None where these are not weights of ours."""
-    lineage, point, version = text.partition(".")
-    if not (point and lineage.isdecimal() and version.removeprefix("-").isdecimal()):
-        return None
-    return WeightsId(int(lineage), int(version))
+def parse_version(text: str) -> tuple[str, WeightsId] | None:
+    """(owner, weights); None where these are weights of no engine of ours."""
+    found = VERSION_NAME.fullmatch(text)
+    return None if found is None else (found[1], WeightsId(int(found[2]), int(found[3])))
 
 
 def generate_body(pieces: Sequence[Piece], *, stream_tokens: int, salt: str) -> dict[str, Any]:
@@ -144,18 +155,21 @@ class Piece:
     def arrays(self) -> tuple[Int32s, Float32s]:
         return np.asarray(self.tokens, np.int32), np.asarray(self.logprobs, np.float32)
 
-    def spans(self, kv: WeightsId | None) -> list[VersionSpan] | None:
-        """Over its tokens. kv: the oldest weights that may have written its cache; None: those that sampled.
+    def spans(self, owner: str, kv: WeightsId | None) -> list[VersionSpan] | None:
+        """Over its tokens. owner: the engine that asks. kv: the oldest weights that may have written its cache; None:
+        those that sampled.
 
-        None where weights sampled that are not of this lineage or not ours at all: such tokens are worth nothing.
+        None where weights sampled that another engine loaded, or that are none of an engine at all: such tokens are
+        worth nothing. Lineages of one engine may meet in a piece.
         """
         spans: list[VersionSpan] = []
         for name, start, end in self.versions:
             if end == start:
                 continue
-            weights = parse_version(name)
-            if weights is None:
+            parsed = parse_version(name)
+            if parsed is None or parsed[0] != owner:
                 return None
+            weights = parsed[1]
             oldest = weights.version if kv is None else min(kv.version, weights.version)
             spans.append(VersionSpan(start, end, weights.version, oldest))
         return spans

@@ -21,7 +21,7 @@ from async_rl.engines import validation
 from async_rl.engines.protocol import Capabilities, Chunk, Deliver, Request, Snapshot, Swap
 from async_rl.engines.sglang.calls import Calls
 from async_rl.engines.sglang.client import LINE_BYTES, ServerRefused, SGLangClient
-from async_rl.engines.sglang.contract import CONTEXT_RESERVE, INPUT_RESERVE
+from async_rl.engines.sglang.contract import CONTEXT_RESERVE, INPUT_RESERVE, new_owner
 from async_rl.engines.sglang.lease import PauseLease
 from async_rl.engines.sglang.push import WeightPush
 from async_rl.engines.sglang.server import ServerProcess
@@ -59,6 +59,7 @@ class SGLangEngine:
         most = context - CONTEXT_RESERVE
         self._max_length = min(max_length or most, most)
         self._max_input = min(self._max_length, context - INPUT_RESERVE)
+        self._owner = new_owner()
         self._loop = asyncio.new_event_loop()
         self._gate = threading.Lock()
         self._closed: BaseException | None = None
@@ -256,6 +257,7 @@ class SGLangEngine:
                 stream_tokens=self._settings.stream_tokens,
                 keeps_cache=self._settings.in_flight == "keep",
                 router=self._settings.router.rstrip("/"),
+                owner=self._owner,
                 deliver=self._hand_over,
                 stepped=self._step,
                 changed=self._attribute,
@@ -296,6 +298,7 @@ class SGLangEngine:
                 pause_s=settings.pause_s,
                 timeout_s=settings.timeout_s,
                 bucket_bytes=settings.bucket_bytes,
+                owner=self._owner,
             )
 
         def worker(process: ServerProcess | None, url: str) -> Worker:
@@ -309,6 +312,7 @@ class SGLangEngine:
                 max_input=self._max_input,
                 router=settings.router,
                 off_device=settings.off_device,
+                owner=self._owner,
                 news=lambda: self._calls.admit(),
             )
 

@@ -98,7 +98,7 @@ class WeightPush:
         raw = connect(prefix, self._host, 0, size, device, self._timeout_s)
         return Group(0, 0, [self._client.url], raw, device, self._timeout_s)
 
-    async def send(self, bucket: Bucket, *, version: str | None, flush: bool) -> None:
+    async def send(self, bucket: Bucket, *, version: str, flush: bool) -> None:
         """The server has loaded it when this returns.
 
         Raises:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.client import PauseMode, ServerError, ServerRefused, SGLangClient
-from async_rl.engines.sglang.contract import version_name
+from async_rl.engines.sglang.contract import HALF, version_name
 from async_rl.engines.sglang.lease import PauseLease
 from async_rl.engines.sglang.push import WeightPush, buckets
 from async_rl.weights.errors import WeightsError
@@ -59,18 +59,25 @@ class ServerWeights:
         pause_s: float,
         timeout_s: float,
         bucket_bytes: int,
+        owner: str,
     ) -> None:
-        """push: None loads from disk always. scratch: a directory the server can read, for that."""
+        """push: None loads from disk always. scratch: a directory the server can read, for that. owner: whose weights
+        these are (engines.sglang.contract)."""
         self._client, self._push, self._scratch = client, push, scratch
         self._mode: PauseMode = mode
+        self._owner = owner
         self._pause_s, self._timeout_s, self._bucket_bytes = pause_s, timeout_s, bucket_bytes
         self.reloads = 0
         """How often a failed update was mended from disk."""
 
-    async def load(self, snapshot: Snapshot, swapped: Callable[[], None] = lambda: None) -> PauseLease:
+    async def load(
+        self, snapshot: Snapshot, swapped: Callable[[], None] = lambda: None, *, anew: bool = False
+    ) -> PauseLease:
         """The server samples with the snapshot when this returns. Returns the pause it took.
 
         swapped: called at the end of it.
+        anew: what it holds is not known to be ours. So its cache is flushed, whatever the mode: somebody else's weights
+            may have written there under a name of ours.
 
         Raises:
             ServerGone: it is not there.
@@ -79,18 +86,20 @@ class ServerWeights:
         """
         if self._push is not None:
             await self._push.form()
-        async with PauseLease(self._client, self._mode, seconds=self._pause_s) as lease:
+        mode = "retract" if anew else self._mode
+        flush = mode == "retract"  # one in place keeps the cache; a flush would be refused, with the weights changed
+        async with PauseLease(self._client, mode, seconds=self._pause_s) as lease:
             if self._push is None:
-                await self._reload(lease, snapshot)
+                await self._reload(lease, snapshot, flush)
             else:
                 try:
-                    await self._by_group(lease, self._push, snapshot)
+                    await self._by_group(lease, self._push, snapshot, flush)
                 except (ServerRefused, WeightsError) as error:
                     if not (lease.dirty or self._client.empty):
                         raise
                     log.warning("%s; the server stays paused and reads all weights from disk", error)
                     self.reloads += 1
-                    await self._reload(lease, snapshot)
+                    await self._reload(lease, snapshot, flush)
             swapped()
         return lease
 
@@ -98,20 +107,15 @@ class ServerWeights:
         if self._push is not None:
             await self._push.close()
 
-    @property
-    def _flush(self) -> bool:
-        """A pause in place keeps requests and their cache; a flush would be refused, after the weights have changed."""
-        return self._mode == "retract"
-
-    async def _by_group(self, lease: PauseLease, push: WeightPush, snapshot: Snapshot) -> None:
+    async def _by_group(self, lease: PauseLease, push: WeightPush, snapshot: Snapshot, flush: bool) -> None:
         await self._begin()
         parts = list(buckets(snapshot.tensors, self._bucket_bytes))
         try:
             lease.soil()
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
-                version = version_name(snapshot.weights) if last else None
-                await push.send(part, version=version, flush=last and self._flush)
+                version = version_name(self._owner, snapshot.weights) if last else HALF
+                await push.send(part, version=version, flush=last and flush)
         finally:
             await self._client.end_update()
         lease.clean()
@@ -124,15 +128,15 @@ class ServerWeights:
             await self._client.end_update()
             await self._client.begin_update()
 
-    async def _reload(self, lease: PauseLease, snapshot: Snapshot) -> None:
+    async def _reload(self, lease: PauseLease, snapshot: Snapshot, flush: bool) -> None:
         lease.soil()
         if self._push is not None:
             await self._push.close()
-        directory = self._scratch / version_name(snapshot.weights)
-        version = version_name(snapshot.weights)
+        version = version_name(self._owner, snapshot.weights)
+        directory = self._scratch / version
         try:
             await asyncio.to_thread(_write, snapshot.tensors, directory)
-            await self._client.load_from_disk(str(directory), version, self._timeout_s, flush=self._flush)
+            await self._client.load_from_disk(str(directory), version, self._timeout_s, flush=flush)
             await self._verify(snapshot)
         except (ServerRefused, OSError) as error:
             raise ServerBroken(

@@ -21,7 +21,7 @@ from typing import Any
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.client import Load, ServerError, ServerGone, ServerRefused, SGLangClient
-from async_rl.engines.sglang.contract import ASLEEP, EMPTY, version_name
+from async_rl.engines.sglang.contract import ASLEEP, EMPTY, parse_version, version_name
 from async_rl.engines.sglang.server import ServerFailed, ServerProcess
 from async_rl.engines.sglang.update import ServerBroken, ServerWeights
 from async_rl.errors import UserError
@@ -54,12 +54,15 @@ class Worker:
         max_input: int,
         router: str = "",
         off_device: bool = False,
+        owner: str,
         news: Callable[[], None],
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
         long without progress means that somebody paused it. router: what `url` is attached behind. off_device: the
-        device is somebody else's until the first weights. news: called when something may begin that could not."""
+        device is somebody else's until the first weights. owner: whose weights it is to hold. news: called when
+        something may begin that could not."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
+        self._owner = owner
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
         self._router = make_client(router) if router else None
         self.client = make_client(url)
@@ -180,7 +183,7 @@ class Worker:
                 await self._wait_up()
                 try:
                     await self._wake()
-                    lease = await self._weights.load(snapshot, lambda: swapped(self))
+                    lease = await self._weights.load(snapshot, lambda: swapped(self), anew=self.held is None)
                 except ServerBroken as error:
                     if self._process is None:
                         raise
@@ -371,10 +374,27 @@ class Worker:
         if held is None:
             return
         found = await self.client.weight_version()
-        if found != version_name(held) and self.held == held and not self._lock.locked():
+        if found != version_name(self._owner, held) and self.held == held and not self._lock.locked():
             log.warning("SGLang server %s holds weights %s, not ours: they are loaded again", self.client.url, found)
+            self._yield_to(found)
             self.held = None
             self._catch_up()
+
+    def _yield_to(self, version: str) -> None:
+        """Of two engines that load their weights into one server, the one that came later ends.
+
+        Raises:
+            UserError: that is us.
+        """
+        parsed = parse_version(version)
+        if parsed is None:
+            return
+        if parsed[0] < self._owner and self._process is None:
+            raise UserError(
+                f"generator.sglang.attach: another run of async_rl loads its weights into {self.client.url}, and was "
+                "there first; write a server that no other run uses"
+            )
+        log.warning("they are of another run of async_rl, which came later and has to use another server")
 
     async def _end_foreign_pause(self) -> None:
         """No endpoint tells whether a server is paused, and resuming one that is not does nothing."""
