@@ -142,7 +142,7 @@ class SGLang(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     start_s: float = 600.0
     """A server is up after so long, or it is an error."""
     stuck_s: float = 30.0
-    """A server that tells of no token for so long, with requests, is resumed: somebody else may have paused it."""
+    """A server that somebody else has paused is resumed after so long."""
 
 
 class Generator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

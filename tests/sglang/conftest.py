@@ -142,3 +142,9 @@ def start_server(model_directory: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def server(start_server: Any) -> Server:
     return start_server()
+
+
+@pytest.fixture(scope="session")
+def another(start_server: Any) -> Server:
+    """One to be killed and started again."""
+    return start_server()

@@ -148,9 +148,9 @@ def test_a_router_that_is_not_there_is_named(server: Server, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def router(server: Server, start_server: Any, tmp_path: Path) -> Iterator[tuple[str, list[Server]]]:
+def router(server: Server, another: Server, tmp_path: Path) -> Iterator[tuple[str, list[Server]]]:
     """Its URL, and the two servers behind it."""
-    servers, port = [server, start_server()], free_port()
+    servers, port = [server, another], free_port()
     line = [str(PYTHON), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     line += ["--prometheus-port", str(free_port()), "--policy", "round_robin"]
     line += ["--worker-urls", *(one.url for one in servers)]
@@ -204,3 +204,50 @@ def test_two_servers_behind_a_router(router: tuple[str, list[Server]], tmp_path:
 
     asyncio.run(main())
     assert all(now > then for now, then in zip(prefilled(), before, strict=True)), "both have worked"
+
+
+@pytest.mark.timeout(200)
+def test_one_of_two_behind_a_router_is_killed_and_comes_back(
+    router: tuple[str, list[Server]], tmp_path: Path, models: dict[int, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything waits until it has our weights: nothing is sampled with those that it starts with."""
+    url, servers = router
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12, start_s=START_S)
+        async with running(engine, 190) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(24)
+            await feed.grow()
+            await asyncio.to_thread(servers[1].kill)
+            servers[1].start()
+            await asyncio.to_thread(servers[1].wait_up)
+            feed.submit(24)
+            await feed.finish()
+            feed.check(models)
+            assert engine.gauges()["restarts"] == 1
+
+    asyncio.run(main())
+    assert f"SGLang server {servers[1].url} is gone" in caplog.text
+    assert "which are not ours" not in caplog.text
+
+
+def test_one_of_two_behind_a_router_is_paused(
+    router: tuple[str, list[Server]], tmp_path: Path, models: dict[int, Any]
+) -> None:
+    """The other one works on; only this one is resumed."""
+    url, servers = router
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12, stuck_s=1.0)
+        async with running(engine) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(12)
+            await feed.grow()
+            await asyncio.to_thread(servers[1].run, lambda client: client.pause("retract"))
+            feed.submit(12)
+            await feed.finish()
+            assert [one.foreign_pauses for one in engine._workers] == [0, 1]
+            feed.check(models)
+
+    asyncio.run(main())

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from async_rl.engines.sglang import worker
-from async_rl.engines.sglang.client import SGLangClient
+from async_rl.engines.sglang.client import ServerGone, SGLangClient
 from async_rl.engines.sglang.contract import ASLEEP
 from async_rl.engines.sglang.worker import Worker
 
@@ -49,11 +49,6 @@ def attaching(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(Worker, "_attach", attach)
     return began
-
-
-@pytest.fixture(scope="module")
-def another(start_server: Any) -> Server:
-    return start_server()
 
 
 def version_of(server: Server) -> str:
@@ -135,6 +130,30 @@ def test_a_server_that_was_cut_off_while_off_the_device(
 
     asyncio.run(main())
     assert len(taken) == 1
+
+
+def test_a_server_that_is_lost_again_while_it_is_asked_what_it_holds(
+    server: Server, tmp_path: Path, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lost = SGLangClient.weight_version, 0
+
+    async def weight_version(client: SGLangClient) -> str:
+        nonlocal lost
+        lost += 1
+        if lost == 1:
+            raise ServerGone("cut")
+        return await real(client)
+
+    async def main() -> None:
+        monkeypatch.setattr(SGLangClient, "weight_version", weight_version)
+        async with running(make_engine(tmp_path, attach=[server.url])) as feed:
+            await feed.engine.load_weights(snapshot(models, 0))
+            feed.submit(4)
+            await feed.finish()
+            feed.check(models)
+            assert feed.engine.gauges()["restarts"] == 1
+
+    asyncio.run(main())
 
 
 def test_whoever_attaches_next_gives_it_its_memory(

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Live:
     """Whom its last piece is or was with."""
     cancelled: bool = False
     losses: int = 0
+    refused_at: float | None = None
+    """Since when nobody takes its piece."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -80,17 +83,18 @@ class Calls:
         keeps_cache: bool,
         router: str,
         owner: str,
+        start_s: float,
         deliver: Callable[[list[Chunk]], None],
         stepped: Callable[[], None],
         changed: Callable[[], None],
     ) -> None:
         """keeps_cache: sequences go on over KV of older weights, so that prefixes are salted with the weights a request
-        began under. owner: whose weights count as ours. stepped: tokens have come. changed: the number of requests with
-        servers may have."""
+        began under. owner: whose weights count as ours. start_s: so long may nobody take a piece. stepped: tokens have
+        come. changed: the number of requests with servers may have."""
         self._workers, self._slots, self._max_input = workers, slots, max_input
         self._stream_tokens, self._keeps_cache, self._router = stream_tokens, keeps_cache, router
         self._deliver, self._stepped, self._changed = deliver, stepped, changed
-        self._owner = owner
+        self._owner, self._start_s = owner, start_s
         self._waiting = Waiting()
         self._running: dict[int, Live] = {}
         self._ready: deque[Live] = deque()
@@ -192,10 +196,7 @@ class Calls:
     def _start(self, worker: Worker, lives: list[Live]) -> None:
         for live in lives:
             live.piece, live.worker = self._piece(live), worker
-        for one in self._busy(worker):
-            if not one.pieces:
-                one.progressed()  # what it did before does not count
-            one.pieces += len(lives)
+        worker.pieces += len(lives)
         self.pieces += len(lives)
         self.idle.clear()
         self._task(self._call(worker, lives), f"call of {len(lives)} requests")
@@ -211,28 +212,30 @@ class Calls:
 
     async def _call(self, worker: Worker, lives: list[Live]) -> None:
         open_pieces = {live.piece.rid: live for live in lives if live.piece is not None}
+        refusal = None
         try:
             await self._listen(worker, open_pieces)
         except ServerGone as error:
             log.warning("%s: %d pieces are sampled again", error, len(open_pieces))
-            worker.suspect()
+            for one in self._busy(worker):
+                one.suspect()
         except ContractBroken as error:
             log.warning("%s: %d pieces are sampled again", error, len(open_pieces))
         except ServerRefused as error:
             if not error.busy:
                 raise
             log.warning("%s: %d pieces wait", error, len(open_pieces))
+            refusal = error
         finally:
-            for one in self._busy(worker):
-                one.pieces -= len(lives)
+            worker.pieces -= len(lives)
             self.pieces -= len(lives)
             if not self.pieces:
                 self.idle.set()
         lost = list(open_pieces.values())
         if lost:
-            await asyncio.sleep(RETRY_S * max(live.losses for live in lost))
+            await asyncio.sleep(RETRY_S * max([refusal is not None, *(live.losses for live in lost)]))
         for live in lost:
-            self._again(live)
+            self._again(live, refusal)
         self.admit()
 
     async def _listen(self, worker: Worker, open_pieces: dict[str, Live]) -> None:
@@ -246,20 +249,24 @@ class Calls:
             if live is None or live.piece is None:
                 continue
             if live.piece.take(event):
-                for one in self._busy(worker):
-                    one.progressed()
                 self._stepped()
             if live.piece.reason is not None:
                 del open_pieces[live.piece.rid]
                 worker.restarts = 0
                 self._over(live, live.piece)
 
-    def _again(self, live: Live) -> None:
-        """Its piece is lost."""
+    def _again(self, live: Live, refusal: ServerRefused | None = None) -> None:
+        """Its piece is lost. refusal: nobody took it, as when a router has not seen yet that a server is back."""
         live.piece = None
-        live.losses += 1
+        now = time.monotonic()
+        if refusal is None:
+            live.losses += 1
+        else:
+            live.refused_at = live.refused_at or now
         if live.cancelled:
             self._deliver([self._end(live, "aborted")])
+        elif refusal is not None and live.refused_at is not None and now - live.refused_at > self._start_s:
+            raise ServerFailed(f"{refusal}: for {self._start_s:g} s nobody has taken request {live.request.id}")
         elif live.losses > MAX_LOSSES:
             raise ServerFailed(
                 f"request {live.request.id} was lost {live.losses} times in a row by the SGLang servers "
@@ -283,6 +290,7 @@ class Calls:
         live.tokens += piece.tokens
         live.logprobs += piece.logprobs
         live.losses = 0 if piece.tokens else live.losses + 1
+        live.refused_at = None
         shifted = [VersionSpan(s.start + before, s.end + before, s.version, s.kv_version) for s in spans]
         live.spans = _joined([*live.spans, *shifted])
         reason = self._reason(live, piece)
@@ -345,6 +353,10 @@ class Calls:
         return self._workers if self._router else [worker]
 
     def _freest(self) -> Worker | None:
+        """With a router nothing begins until all are ready: it might pass a piece to one that is back and lacks our
+        weights."""
+        if self._router and not all(worker.ready for worker in self._workers):
+            return None
         ready = [worker for worker in self._workers if worker.ready]
         return min(ready, key=lambda worker: worker.pieces, default=None)
 

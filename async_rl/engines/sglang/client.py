@@ -91,13 +91,11 @@ class SGLangClient:
             ServerGone, ServerRefused
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S)
-        who = f"SGLang router {url}" if url else f"SGLang server {self.url}"
+        who = f"SGLang router {url}, generate" if url else f"SGLang server {self.url}, generate"
         try:
             async with self._session.post(f"{url or self.url}/generate", json=body, timeout=timeout) as response:
                 if response.status != 200:
-                    refused = ServerRefused(f"{who}, generate: {await _reason(response)}")
-                    refused.busy = response.status in BUSY
-                    raise refused
+                    raise await _refusal(who, response)
                 if not body["stream"]:
                     answer: Any = msgspec.json.decode(await response.read())
                     for event in answer if isinstance(answer, list) else [answer]:  # pyright: ignore[reportUnknownVariableType]
@@ -111,11 +109,11 @@ class SGLangClient:
                         return
                     event: dict[str, Any] = msgspec.json.decode(data)
                     if "error" in event:
-                        raise ServerRefused(f"{who}, generate: {event['error']}")
+                        raise ServerRefused(f"{who}: {event['error']}")
                     yield event
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise ServerGone(f"{who}, generate: {str(error) or type(error).__name__}") from error
-        raise ServerGone(f"{who}, generate: the answer broke off")
+            raise ServerGone(f"{who}: {str(error) or type(error).__name__}") from error
+        raise ServerGone(f"{who}: the answer broke off")
 
     async def abort(self, rid: str) -> None:
         """Its call ends with the tokens it has. Unknown ids are ignored; a prefix aborts all ids that begin so."""
@@ -212,6 +210,14 @@ class SGLangClient:
     async def weight_version(self) -> str:
         return str((await self._get("model_info", ANSWER_S))["weight_version"])
 
+    async def takes_requests(self, timeout_s: float = ANSWER_S) -> bool:
+        """It is up and not paused. A SGLang too old to say so counts as one that does."""
+        try:
+            await self._get("ready", timeout_s)
+        except ServerRefused as error:
+            return not error.busy
+        return True
+
     async def load(self, timeout_s: float = ANSWER_S) -> Load:
         """Also answers while paused."""
         loads: list[dict[str, Any]] = (await self._get("v1/loads", timeout_s))["loads"]
@@ -229,25 +235,29 @@ class SGLangClient:
         return await self._call("POST", endpoint, body, timeout_s)
 
     async def _call(self, method: str, endpoint: str, body: Any, timeout_s: float) -> dict[str, Any]:
+        who = f"SGLang server {self.url}, {endpoint}"
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.request(method, f"{self.url}/{endpoint}", json=body) as response,
             ):
                 if response.status != 200:
-                    raise ServerRefused(self._say(endpoint, await _reason(response)))
+                    raise await _refusal(who, response)
                 text = await response.read()
         except TimeoutError as error:
-            raise ServerGone(self._say(endpoint, f"no answer in {timeout_s:.0f} s")) from error
+            raise ServerGone(f"{who}: no answer in {timeout_s:.0f} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise ServerGone(self._say(endpoint, str(error) or type(error).__name__)) from error
+            raise ServerGone(f"{who}: {str(error) or type(error).__name__}") from error
         answer = msgspec.json.decode(text) if text.startswith(b"{") else {}
         if answer.get("success") is False:
-            raise ServerRefused(self._say(endpoint, str(answer.get("message"))))
+            raise ServerRefused(f"{who}: {answer.get('message')}")
         return answer
 
-    def _say(self, endpoint: str, reason: str) -> str:
-        return f"SGLang server {self.url}, {endpoint}: {reason}"
+
+async def _refusal(who: str, response: aiohttp.ClientResponse) -> ServerRefused:
+    refused = ServerRefused(f"{who}: {await _reason(response)}")
+    refused.busy = response.status in BUSY
+    return refused
 
 
 async def _reason(response: aiohttp.ClientResponse) -> str:

@@ -258,6 +258,7 @@ class SGLangEngine:
                 keeps_cache=self._settings.in_flight == "keep",
                 router=self._settings.router.rstrip("/"),
                 owner=self._owner,
+                start_s=self._settings.start_s,
                 deliver=self._hand_over,
                 stepped=self._step,
                 changed=self._attribute,

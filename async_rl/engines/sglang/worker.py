@@ -7,8 +7,7 @@
 Where the device is shared it is `down` until weights are to be loaded: a server takes the device when it starts.
 
 A server is asked every PROBE_S how it is, because it tells nobody: whether it lives, what it holds, how busy it is. One
-that samples nothing although requests are with it, and that we did not pause, was probably paused by somebody else: it
-is resumed, and the log says so.
+that somebody else has paused is resumed, and the log says so.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ class Worker:
         news: Callable[[], None],
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
-        long without progress means that somebody paused it. router: what `url` is attached behind. off_device: the
-        device is somebody else's until the first weights. owner: whose weights it is to hold. news: called when
-        something may begin that could not."""
+        long may somebody else pause it. router: what `url` is attached behind. off_device: the device is somebody
+        else's until the first weights. owner: whose weights it is to hold. news: called when something may begin that
+        could not."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._owner = owner
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
@@ -86,8 +85,9 @@ class Worker:
         self.held: WeightsId | None = None
         """What it samples with, as far as we loaded it."""
         self.pieces = 0
-        """Pieces that are with it."""
-        self.progressed_at = time.monotonic()
+        """Pieces that were sent to it; with a router they may be elsewhere."""
+        self._paused_at: float | None = None
+        """Since when it has been found paused, and not by us."""
         self.restarts = 0
         """In a row."""
         self.restarted = 0
@@ -103,9 +103,6 @@ class Worker:
     def reloads(self) -> int:
         """Failed updates that were mended from disk."""
         return self._weights.reloads
-
-    def progressed(self) -> None:
-        self.progressed_at = time.monotonic()
 
     def suspect(self) -> None:
         """A call broke off: look at it now."""
@@ -125,18 +122,16 @@ class Worker:
                 self._runs = True
                 try:
                     await self._start()
+                    why = await self._serve()
                 except ServerFailed as error:
                     if self.restarted:
                         raise
                     raise UserError(f"generator.sglang: {error}") from None
-                self._lost = ""
-                if not self._on_device.is_set():
-                    await self._leave()  # it came, or came back, in somebody else's turn
-                if not self._lost:
-                    self._up.set()
-                self._catch_up()
-                why = await self._watch()
-                self._up.clear()
+                except ServerGone as error:
+                    why = str(error)
+                if self._process is not None:
+                    self._process.kill()
+                    await self._process.wait_exit()
                 self._runs, self.held = self._process is None, None
                 self.restarts += 1
                 self.restarted += 1
@@ -146,6 +141,19 @@ class Worker:
                         f"the SGLang server was lost {self.restarts} times in a row, last by {why}"
                         + (self._process.see_log() if self._process else f": look at {self.client.url}")
                     )
+
+    async def _serve(self) -> str:
+        """Until it is gone; why, in words."""
+        self._lost = ""
+        if not self._on_device.is_set():
+            await self._leave()  # it came, or came back, in somebody else's turn
+        if not self._lost:
+            self._up.set()
+        self._catch_up()
+        try:
+            return await self._watch()
+        finally:
+            self._up.clear()
 
     def _catch_up(self) -> None:
         """Bring it to the newest weights, while it is being watched. If it refuses, the next look at it tries again."""
@@ -199,7 +207,6 @@ class Worker:
                     raise
                 else:
                     self.held, self._doubted = snapshot.weights, False
-                    self.progressed()
                     return lease.held_s
         return 0.0
 
@@ -334,9 +341,6 @@ class Worker:
         finally:
             if exited is not None:
                 exited.cancel()
-        if self._process is not None:
-            self._process.kill()
-            await self._process.wait_exit()
         return self._lost or "no answer"
 
     async def _pause_between_probes(self, exited: asyncio.Task[str] | None) -> None:
@@ -397,17 +401,23 @@ class Worker:
         log.warning("they are of another run of async_rl, which came later and has to use another server")
 
     async def _end_foreign_pause(self) -> None:
-        """No endpoint tells whether a server is paused, and resuming one that is not does nothing."""
-        stuck = time.monotonic() - self.progressed_at > self._stuck_s
-        if self.pieces and stuck and not self.client.pauses and not self.client.empty and not self._lock.locked():
+        """One that lacks our weights is not resumed: loading them does that. To resume one that is not paused but only
+        calls itself unhealthy does nothing."""
+        theirs = not await self.client.takes_requests(PROBE_ANSWER_S)
+        ours = self.client.pauses or self.client.empty or self.held is None or self._lock.locked()
+        if not theirs or ours:
+            self._paused_at = None
+            return
+        now = time.monotonic()
+        self._paused_at = self._paused_at or now
+        if now - self._paused_at >= self._stuck_s:
             self.foreign_pauses += 1
             log.warning(
-                "SGLang server %s told of no token for %.0f s with %d requests: resumed, as if somebody had paused it",
+                "SGLang server %s took no requests for %.0f s: resumed, as if somebody had paused it",
                 self.client.url,
-                time.monotonic() - self.progressed_at,
-                self.pieces,
+                now - self._paused_at,
             )
-            self.progressed()
+            self._paused_at = None
             await self.client.resume()
 
     def _what_now(self) -> str:
