@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from async_rl.engines.sglang.client import SGLangClient
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.lease import PauseLease
+from async_rl.engines.sglang.update import ServerBroken
 from async_rl.weights.errors import WeightsError
 
 from .conftest import Server
@@ -127,3 +129,32 @@ def test_a_server_that_refuses_the_weights_it_lacks_is_asked_again(
 
     asyncio.run(main())
     assert left < 0 and "does not get the weights it lacks" in caplog.text
+
+
+def test_a_server_that_read_other_weights_than_it_was_told_to(
+    server: Server, tmp_path: Path, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where checksums cannot be compared its version is: it stays paused, and the generator says so."""
+    disk, info = SGLangClient.load_from_disk, SGLangClient.info
+
+    async def as_another(client: Any, directory: str, version: str, timeout_s: float, *, flush: bool) -> None:
+        await disk(client, directory, "another", timeout_s, flush=flush)
+
+    async def on_a_gpu(client: Any, timeout_s: float = 30.0) -> Any:
+        return dataclasses.replace(await info(client, timeout_s), device="cuda")
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[server.url], load_by="disk")
+        async with running(engine):
+            await engine.load_weights(snapshot(models, 0))
+            monkeypatch.setattr(SGLangClient, "info", on_a_gpu)
+            monkeypatch.setattr(SGLangClient, "load_from_disk", as_another)
+            with pytest.raises(RuntimeError, match="the engine stopped before the weights were live"):
+                await engine.load_weights(snapshot(models, 1))
+
+    message = r"holds weights another, not async_rl-\w+\.0\.1; the weights of .* are half loaded, so it stays paused"
+    with pytest.RaisesGroup(pytest.RaisesExc(ServerBroken, match=message)):
+        asyncio.run(main())
+    monkeypatch.undo()
+    assert not server.run(lambda client: client.takes_requests())
+    server.run(lambda client: client.resume())

@@ -137,7 +137,7 @@ class ServerWeights:
         try:
             await asyncio.to_thread(_write, snapshot.tensors, directory)
             await self._client.load_from_disk(str(directory), version, self._timeout_s, flush=flush)
-            await self._verify(snapshot)
+            await self._verify(snapshot, version)
         except (ServerRefused, OSError) as error:
             raise ServerBroken(
                 f"{error}; the weights of {self._client.url} are half loaded, so it stays paused"
@@ -147,15 +147,18 @@ class ServerWeights:
                 shutil.rmtree(directory)
         lease.clean()
 
-    async def _verify(self, snapshot: Snapshot) -> None:
-        """The server's checksums are those of the snapshot. On a CPU they are SHA-256, which we compute too; on CUDA
-        and over several ranks there is nothing to compare with."""
+    async def _verify(self, snapshot: Snapshot, version: str) -> None:
+        """The server says that it holds this version, and its checksums are those of the snapshot. On a CPU they are
+        SHA-256, which we compute too; on CUDA and over several ranks there is nothing to compare with."""
+        named = await self._client.weight_version()
+        if named != version:
+            raise ServerRefused(f"SGLang server {self._client.url} holds weights {named}, not {version}")
         info = await self._client.info()
         if info.device != "cpu" or info.tp_size > 1:
             log.warning("%s: weights read from disk, checksums of a %s cannot be compared", info.device, info.device)
             return
         (found,) = await self._client.checksums(self._timeout_s)
-        for name, checksum in (await asyncio.to_thread(_checksums, snapshot.tensors)).items():
+        for name, checksum in (await asyncio.to_thread(checksums, snapshot.tensors)).items():
             if found.get(name) != checksum:
                 raise ServerRefused(
                     f"SGLang server {self._client.url}: {name} has checksum {found.get(name)}, not {checksum}"
@@ -168,7 +171,7 @@ def _write(tensors: Mapping[str, Tensor], directory: Path) -> None:
     save_file(whole, directory / "model.safetensors")
 
 
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Parameter of the server's model -> the first 8 bytes of the SHA-256 of its bytes, in hex."""
     found: dict[str, str] = {}
     parts: dict[str, list[Tensor]] = {}
