@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from async_rl.engines.sglang.push import Bucket, WeightPush
+from async_rl.engines.sglang.update import checksums
 from async_rl.weights.errors import BroadcastFailed
 
 from .conftest import ROOT, Server
@@ -52,6 +53,8 @@ def test_twenty_updates_under_load(server: Server, tmp_path: Path) -> None:
 def test_each_way_in_gives_the_same_weights(
     server: Server, tmp_path: Path, models: dict[int, Any], load_by: str
 ) -> None:
+    """Bit for bit, every one of them: those that the learner has."""
+
     async def main() -> None:
         async with running(make_engine(tmp_path, attach=[server.url], load_by=load_by, bucket_bytes=9000)) as feed:
             await feed.engine.load_weights(snapshot(models, 0))
@@ -63,11 +66,11 @@ def test_each_way_in_gives_the_same_weights(
 
     asyncio.run(main())
     (found,) = server.run(lambda client: client.checksums(30))
-    assert found["model.norm.weight"] == _checksum(models[1].model.norm.weight)
-
-
-def _checksum(tensor: Any) -> str:
-    return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()[:16]
+    assert found == checksums(snapshot(models, 1).tensors)
+    assert (
+        found["model.norm.weight"]
+        == hashlib.sha256(models[1].model.norm.weight.data.numpy().tobytes()).hexdigest()[:16]
+    )
 
 
 def test_an_update_that_breaks_off_is_mended_from_disk(
