@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from async_rl.engines.sglang import worker
+from async_rl.engines.sglang.client import Load, SGLangClient
 from async_rl.engines.sglang.push import Bucket, WeightPush
 from async_rl.engines.sglang.update import checksums
 from async_rl.weights.errors import BroadcastFailed
@@ -71,6 +73,34 @@ def test_each_way_in_gives_the_same_weights(
         found["model.norm.weight"]
         == hashlib.sha256(models[1].model.norm.weight.data.numpy().tobytes()).hexdigest()[:16]
     )
+
+
+def test_the_fullest_cache_is_a_gauge(
+    server: Server, another: Server, tmp_path: Path, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared at each look at a server with what they said before."""
+    real, said, seen = SGLangClient.load, dict[str, float](), list[tuple[float, float, float]]()
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[server.url, another.url])
+
+        async def load(client: SGLangClient, timeout_s: float = 30.0) -> Load:
+            if len(said) == 2:
+                seen.append((min(said.values()), max(said.values()), engine.gauges()["server_cache_used"]))
+            found = await real(client, timeout_s)
+            said[client.url] = found.cache_used
+            return found
+
+        monkeypatch.setattr(worker, "PROBE_S", 0.02)
+        monkeypatch.setattr(SGLangClient, "load", load)
+        async with running(engine) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(24)
+            await feed.finish()
+
+    asyncio.run(main())
+    assert any(least > 0 for least, _, _ in seen), "both had something in their cache"
+    assert all(gauge == most for _, most, gauge in seen)
 
 
 def test_an_update_that_breaks_off_is_mended_from_disk(

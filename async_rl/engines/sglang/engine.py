@@ -181,7 +181,8 @@ class SGLangEngine:
         return await asyncio.wrap_future(done)
 
     def gauges(self) -> dict[str, float]:
-        """Of its servers together, as of the last look at them: how busy they are, and what had to be mended."""
+        """Of its servers together, as of the last look at them: how busy they are, and what had to be mended.
+        `server_cache_used` is the share of the KV cache in use where it is largest."""
         if self._early is not None:
             return {}
         loads = [worker.load for worker in self._workers if worker.load is not None]
@@ -192,6 +193,7 @@ class SGLangEngine:
             "server_running": sum(load.running for load in loads),
             "server_waiting": sum(load.waiting for load in loads),
             "server_tokens_per_s": sum(load.tokens_per_s for load in loads),
+            "server_cache_used": max((load.cache_used for load in loads), default=0.0),
             "restarts": sum(worker.restarted for worker in self._workers),
             "reloads": sum(worker.reloads for worker in self._workers),
             "foreign_pauses": sum(worker.foreign_pauses for worker in self._workers),
