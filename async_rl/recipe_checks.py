@@ -211,6 +211,7 @@ def _colocated(run: Run) -> None:
         ("generator.sglang.backend", run.generator.sglang.backend, "gloo"),
         ("generator.count", run.generator.count, 1),
         ("learner.ranks", run.learner.ranks, 1),
+        ("learner.sharding", run.learner.sharding, "none"),
         ("generator.device", run.generator.device, run.learner.device),
     ]:
         instead = f"{reason} {allowed}" + (", as learner.device" if field == "generator.device" else "")

@@ -61,6 +61,7 @@ def test_a_wrong_field_is_named(override: str, says: str) -> None:
         ("weights.transport=process_group", "weights.transport = 'process_group': with placement = 'colocated' one"),
         ("generator.count=2", "generator.count = 2: with placement = 'colocated' one generator and one learner rank"),
         ("learner.ranks=2", "learner.ranks = 2: with placement = 'colocated' one generator and one learner rank"),
+        ("learner.sharding=full", "learner.sharding = 'full': with placement = 'colocated' one generator and one"),
         ("learner.device=cuda:1", "generator.device = 'auto': with placement = 'colocated' one generator and one"),
     ],
 )

@@ -64,6 +64,11 @@ class Learner:
     def __init__(self, run: Run, run_directory: Path, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks.start(choose_device(run.learner.device))
         self._owns_ranks = ranks is None
+        if run.colocated and self.ranks.size > 1:  # the recipe says 1, but torchrun's variables count
+            raise UserError(
+                f"placement = 'colocated': torchrun started {self.ranks.size} learner ranks, and one generator and one "
+                "learner rank share a device: start one, or write separate"
+            )
         self._run = run
         self._run_directory, self._measured = RunDirectory(run_directory), False
         directory = run_directory / CHECKPOINTS

@@ -11,6 +11,7 @@ from learner_cases import message, ragged_rollouts, tiny_run
 from torch import Tensor
 
 from async_rl.config import Algorithm, Environment, Model, TinyModel
+from async_rl.errors import UserError
 from async_rl.learner.distributed import Ranks, choose_device
 from async_rl.learner.trainer import Learner
 from async_rl.models.memory import held
@@ -59,6 +60,12 @@ def test_gradients_are_given_back(tmp_path: Path, ranks: Ranks) -> None:
     learner.offload.enter()
     learner.train(message(ragged_rollouts(seed=2), step=1))
     assert held(torch.device("cpu")) - left > 0.9 * gradients
+
+
+def test_ranks_that_torchrun_started_are_refused(tmp_path: Path) -> None:
+    """The recipe could not know of them."""
+    with pytest.raises(UserError, match=r"placement = 'colocated': torchrun started 2 learner ranks, .* write separate"):
+        Learner(colocated(), tmp_path, Ranks(0, 2, torch.device("cpu"), 1.0))
 
 
 if torch.cuda.is_available():  # there is nothing to run it on elsewhere
