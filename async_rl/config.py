@@ -5,11 +5,12 @@ recipes.py reads them from TOML, recipe_checks.py knows the bounds that types do
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 LEAST_FAILURES = 64
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TinyModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -374,7 +375,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     placement: Literal["separate", "colocated"] = "separate"
     """separate: generators and learner each have a device and never wait for one. colocated: one generator and the
     learner share one device in turns, each freeing it for the other (docs/colocated.md)."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    report_to: list[Tracker] = []
     """Where metrics go besides metrics.jsonl; each needs its package."""
 
     @property

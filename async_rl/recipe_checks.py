@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from async_rl.config import Run, SGLang
+from async_rl.config import Optimizer, Run, SGLang
 from async_rl.errors import UserError
 
 POSITIVE = (
@@ -141,11 +141,17 @@ def _learner(run: Run) -> None:
         demand(lora.rank > 0, "learner.lora.rank", lora.rank, "write a number above 0")
         demand(lora.alpha > 0, "learner.lora.alpha", lora.alpha, "write a number above 0")
         demand(not refresh, "reference.refresh_steps", refresh, "a reference beside learner.lora stays: write 0")
+    check_optimizer("optimizer", run.optimizer)
+    check_optimizer("critic.optimizer", run.critic.optimizer)
+
+
+def check_optimizer(section: str, optimizer: Optimizer) -> None:
+    """Raises UserError."""
     demand(
-        run.optimizer.schedule == "constant" or not run.optimizer.decay_steps,
-        "optimizer.decay_steps",
-        run.optimizer.decay_steps,
-        f"a {run.optimizer.schedule} schedule decays all the time: write 0, or optimizer.schedule = 'constant'",
+        optimizer.schedule == "constant" or not optimizer.decay_steps,
+        f"{section}.decay_steps",
+        optimizer.decay_steps,
+        f"a {optimizer.schedule} schedule decays all the time: write 0, or {section}.schedule = 'constant'",
     )
 
 

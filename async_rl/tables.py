@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -91,8 +92,11 @@ def _explain(error: msgspec.ValidationError, table: dict[str, Any]) -> str:
     message, _, path = str(error).partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     value: Any = table
-    for part in path.split(".") if path else []:
-        value = typing.cast(dict[str, Any], value).get(part) if isinstance(value, dict) else value
+    for part in re.findall(r"[^.\[\]]+", path):
+        if isinstance(value, dict):
+            value = typing.cast(dict[str, Any], value).get(part)
+        elif isinstance(value, list) and part.isdigit():
+            value = typing.cast(list[Any], value)[int(part)]
     if "missing required field" in message:
         return f"{path or 'the recipe'}: {message[0].lower() + message[1:].replace('`', chr(39))}"
     return f"{path} = {value!r}: {message[0].lower() + message[1:].replace('`', '')}"

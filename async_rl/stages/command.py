@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.stages import recipe as recipes
+from async_rl.stages.config import Kind, StageRecipe
 from async_rl.stages.directory import StageDirectory, Tell, nothing
-from async_rl.stages.recipe import Kind, StageRecipe
+from async_rl.telemetry.exporters import check_exporters
 
 SAMPLE_EVERY_S = 2.0
 """Lines of steps come at most so often, whatever a step takes."""
@@ -34,6 +35,7 @@ def start(kind: Kind, path: Path, overrides: Sequence[str], run_dir: Path, *, re
     recipe, directory = recipes.load(path, kind, overrides), StageDirectory(run_dir)
     if int(os.environ.get("RANK", "0")) > 0:  # the first rank says what is to be said
         return directory.is_complete(recipe) or _run(recipe, directory, nothing)
+    check_exporters(recipe)
     continues = directory.create(recipe)
     if directory.is_complete(recipe):
         print(f"{directory.path} is complete: choose another --run-dir, or more steps or epochs")

@@ -10,8 +10,8 @@ from typing import Any
 
 from async_rl.errors import UserError
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.examples import Examples, tokenise
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.rows import (
     Conversation,
     Message,

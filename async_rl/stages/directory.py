@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import msgspec
 
 from async_rl.errors import UserError
 from async_rl.stages import recipe as recipes
-from async_rl.stages.recipe import StageRecipe
+from async_rl.stages.config import StageRecipe
+from async_rl.telemetry.exporters import Exporter
 from async_rl.telemetry.files import append_lines, read_lines, write_atomically
 from async_rl.telemetry.run_directory import RunDirectory, refuse_another
 
@@ -102,8 +103,11 @@ class StageDirectory:
 class StageJournal:
     """What a stage writes down, step by step. Other ranks than the first have one that writes nothing."""
 
-    def __init__(self, directory: StageDirectory, tell: Tell, *, silent: bool = False) -> None:
+    def __init__(
+        self, directory: StageDirectory, tell: Tell, exporters: Sequence[Exporter] = (), *, silent: bool = False
+    ) -> None:
         self._files, self._tell, self._silent = directory.files, tell, silent
+        self._exporters = exporters
         self.rows: list[Row] = directory.files.load_metrics()
         self.evaluations: list[Row] = directory.load_evaluations()
 
@@ -117,10 +121,15 @@ class StageJournal:
 
     def step(self, row: Row) -> None:
         self._add(self.rows, self._files.metrics, row)
+        for exporter in self._exporters:
+            exporter.export(row["version"], row)
         self._tell("step", row)
 
     def evaluated(self, row: Row) -> None:
         self._add(self.evaluations, self._files.evaluations, row)
+        measured = {name: value for name, value in row.items() if name not in ("timestamp", "version")}
+        for exporter in self._exporters:
+            exporter.export(row["version"], {"evaluation": measured})
         self._tell("evaluation", row)
 
     def say(self, line: str) -> None:
@@ -130,6 +139,10 @@ class StageJournal:
         if not self._silent:
             write_atomically(self._files.summary, json.dumps(summary, indent=2) + "\n")
         self._tell("summary", summary)
+
+    def close(self) -> None:
+        for exporter in self._exporters:
+            exporter.close()
 
     def _add(self, rows: list[Row], path: Path, row: Row) -> None:
         row["timestamp"] = time.time()

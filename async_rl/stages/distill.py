@@ -23,8 +23,8 @@ from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.sharding import whole
 from async_rl.learner.token_kl import token_kl
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.examples import Examples, pack_rows
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.sampler import Sampler
 from async_rl.stages.templates import Tokens
 from async_rl.stages.trainer import Batch

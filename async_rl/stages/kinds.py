@@ -14,11 +14,11 @@ from async_rl.learner.distributed import Ranks
 from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.scalar import PackedScalar
 from async_rl.models.loading import build_model, load_config, load_stop_tokens, load_tokenizer
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.data import StageData, load_references
 from async_rl.stages.directory import StageDirectory
 from async_rl.stages.distill import Distillation
 from async_rl.stages.preference import PreferenceTrainer
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.reference import PerStep, Reference, cached
 from async_rl.stages.reward_model import RewardModelTrainer
 from async_rl.stages.rows import Pair

@@ -12,8 +12,8 @@ from async_rl.errors import UserError
 from async_rl.learner import checkpoint
 from async_rl.learner.distributed import Ranks
 from async_rl.models.loading import build_model, load_tokenizer
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.directory import StageDirectory, StageJournal, Tell
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.result import write_model
 
 

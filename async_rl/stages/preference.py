@@ -19,8 +19,8 @@ from async_rl.algorithms.preference import preference_loss
 from async_rl.learner.optimisation import Stats
 from async_rl.learner.packing import move
 from async_rl.learner.policy import PackedPolicy
+from async_rl.stages.config import BETA, Preference
 from async_rl.stages.examples import pack_rows
-from async_rl.stages.recipe import BETA, Preference
 from async_rl.stages.reference import Reference, summed_logprobs
 from async_rl.stages.trainer import Batch
 

@@ -12,8 +12,8 @@ import msgspec
 
 from async_rl import tables
 from async_rl.errors import MissingExtra, UserError
+from async_rl.stages.config import Kind
 from async_rl.stages.directory import Row, StageDirectory
-from async_rl.stages.recipe import Kind
 from async_rl.telemetry.files import write_atomically
 from async_rl.telemetry.plots import BLUE, GREEN, INK, ORANGE, VERMILION, Line, Panel, Plot, line_plot, values_of
 from async_rl.telemetry.report import Report, write_plots

@@ -10,6 +10,7 @@ ends with the same weights, bit for bit on one rank.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,14 +33,15 @@ from async_rl.models.loading import load_tokenizer
 from async_rl.models.memory import trim_heap
 from async_rl.models.precision import settle_section
 from async_rl.stages import merge
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.data import load_data
 from async_rl.stages.directory import Row, StageDirectory, StageJournal, Tell, nothing
 from async_rl.stages.interruption import interruptible
 from async_rl.stages.kinds import build_trainer, is_sharded
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.result import write_model
 from async_rl.stages.schedule import Schedule
 from async_rl.stages.trainer import Batch
+from async_rl.telemetry.exporters import exporters
 
 EVALUATION = -1
 """As a step: what is sampled for an evaluation is the same at every one of them."""
@@ -85,7 +87,6 @@ class StageRun:
         if first:
             directory.keep_data(self.data.files)
             checkpoint.remove_partial(directory.files.checkpoints)
-        self.journal = StageJournal(directory, tell if first else nothing, silent=not first)
         found = checkpoint.latest(directory.files.checkpoints)
         source = recipe.model if found is None else Model(path=str(found[0]))
         self.trainer = build_trainer(recipe, source, self.data, directory, ranks, asked_to_stop)
@@ -103,7 +104,11 @@ class StageRun:
             path, position = found
             checkpoint.restore(path, self._parts, ranks)
             self.step = position.version
+        trackers = exporters(recipe, directory.path) if first else []
+        self.journal = StageJournal(directory, tell if first else nothing, trackers, silent=not first)
         self.journal.rewind(self.step)
+        for row in self.journal.evaluations:
+            self._rank(row)
         self._share = attention_share(model.config, model.num_parameters())
         self._started = time.monotonic() - (self.journal.rows[-1]["wall_s"] if self.journal.rows else 0.0)
         self._saved = self.step if found is not None else -1
@@ -112,13 +117,13 @@ class StageRun:
         """Train what is left, evaluate, save. Returns False when it was asked to stop."""
         if self.data.dropped:
             self.journal.say(f"{self.data.dropped} rows are too long and left out (stage.too_long = 'drop')")
-        every, evaluate_every = self._recipe.checkpoint.every_steps, self._recipe.stage.evaluate_every
+        every = self._recipe.checkpoint.every_steps
         try:
-            if self.step == 0:
+            if self.step == 0 or self._evaluates():  # it may have been stopped in the middle of that
                 self.evaluate()
             for rows in islice(self._batches, self.step, self.steps):
                 self.train(rows)
-                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.steps:
+                if self._evaluates():
                     self.evaluate()
                 if self.step % every == 0:
                     self.save()
@@ -134,9 +139,10 @@ class StageRun:
         return True
 
     def close(self) -> None:
-        """A checkpoint that is being written is finished, an engine that samples is stopped."""
+        """A checkpoint that is being written is finished, an engine that samples is stopped, trackers have it all."""
         self._writer.close()
         self.trainer.close()
+        self.journal.close()
 
     def train(self, rows: Sequence[int]) -> None:
         """One optimiser step on these rows of the data.
@@ -173,7 +179,9 @@ class StageRun:
             finally:
                 spread(self.trainer.module)  # a checkpoint may be next: of what the optimiser knows
         metrics = self.trainer.metrics(batch, {**totals.values, "loss": totals.loss})
-        self.journal.evaluated({"version": self.step, "rows": len(batch.rows), "loss": totals.loss, **metrics})
+        row: Row = {"version": self.step, "rows": len(batch.rows), "loss": totals.loss, **metrics}
+        self.journal.evaluated(row)
+        self._rank(row)
 
     def save(self) -> None:
         """A checkpoint of now, unless there is one; it is written while training goes on."""
@@ -183,6 +191,16 @@ class StageRun:
         take = partial(checkpoint.take, position, self._parts, self.tokenizer, self.ranks)
         self._writer.begin(self.step, take)
         self._saved = self.step
+
+    def _evaluates(self) -> bool:
+        """Whether the recipe asks for an evaluation now, in the middle."""
+        every = self._recipe.stage.evaluate_every
+        return every > 0 and self.step % every == 0 and self.step < self.steps
+
+    def _rank(self, evaluation: Row) -> None:
+        """For checkpoint.keep_best: the lower the loss of the held-out rows, the better."""
+        loss = evaluation["loss"]
+        self._writer.evaluated(evaluation["version"], -loss if math.isfinite(loss) else -math.inf)
 
     def _pass(self, batch: Batch) -> Totals:
         """Every micro-batch of a step or an evaluation, shared out over the ranks; no weight changes."""
@@ -210,10 +228,20 @@ class StageRun:
                 "rows": sum(row["rows"] for row in rows),
                 "tokens": sum(row["tokens"] for row in rows),
                 "dropped": self.data.dropped,
+                "best": self._best(),
                 "model": str(self._directory.model),
                 **added,
             }
         )
+
+    def _best(self) -> Row | None:
+        """The saved model with the lowest loss on the held-out rows, where such are kept."""
+        if not self._recipe.checkpoint.keep_best:
+            return None
+        saved = {int(path.name[1:]): path for path in checkpoint.checkpoints(self._directory.files.checkpoints)}
+        of_saved = [row for row in self.journal.evaluations if row["version"] in saved]
+        row = min(of_saved, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
+        return _plain(row) | {"checkpoint": str(saved[row["version"]])}
 
     def _schedule(self) -> Schedule:
         """Over the training rows; its numbers are rows of the data."""

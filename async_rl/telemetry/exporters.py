@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from async_rl.config import Run
+from async_rl.config import Tracker
 from async_rl.errors import UserError, require
 
 PROJECT = "async_rl"
+
+
+class Recipe(Protocol):
+    """Of RL or of a stage: a msgspec struct."""
+
+    @property
+    def report_to(self) -> Sequence[Tracker]: ...
 
 
 class Exporter(Protocol):
@@ -27,24 +34,24 @@ class Exporter(Protocol):
         ...
 
 
-def check_exporters(run: Run) -> None:
+def check_exporters(recipe: Recipe) -> None:
     """Raises MissingExtra where the package of one is not installed, UserError where it lacks credentials."""
-    for name in run.report_to:
+    for name in recipe.report_to:
         module = require(name, name, f'report_to = ["{name}"]')
         if name == "wandb" and module.setup().settings.mode == "online" and not module.login(prompt=False):
             raise UserError('report_to = ["wandb"]: no API key; run `wandb login`, or set WANDB_MODE=offline')
 
 
-def exporters(run: Run, run_directory: Path) -> list[Exporter]:
+def exporters(recipe: Recipe, run_directory: Path) -> list[Exporter]:
     """Those that the recipe asks for, writing into the run directory as far as they write to disk."""
     make = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
-    return [make[name](run, run_directory) for name in run.report_to]
+    return [make[name](recipe, run_directory) for name in recipe.report_to]
 
 
 class TensorBoard:
     """Event files that `tensorboard --logdir RUN/tensorboard` reads, written without torch."""
 
-    def __init__(self, run: Run, run_directory: Path) -> None:
+    def __init__(self, recipe: Recipe, run_directory: Path) -> None:
         writers = importlib.import_module("tensorboard.summary.writer.event_file_writer")
         self._event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
@@ -62,13 +69,13 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, online or (WANDB_MODE=offline) into RUN/wandb. A continued run continues there too."""
 
-    def __init__(self, run: Run, run_directory: Path) -> None:
+    def __init__(self, recipe: Recipe, run_directory: Path) -> None:
         wandb: Any = importlib.import_module("wandb")
         name = run_directory.name
         settings = wandb.Settings(console="off", silent=True)
         options = {"id": name, "dir": str(run_directory), "resume": "allow", "settings": settings}
         self._teardown = wandb.teardown
-        self._run = wandb.init(project=PROJECT, name=name, config=msgspec.to_builtins(run), **options)
+        self._run = wandb.init(project=PROJECT, name=name, config=msgspec.to_builtins(recipe), **options)
         self._run.define_metric("*", step_metric="version")  # a rewound run logs a version again
 
     def export(self, version: int, row: Mapping[str, Any]) -> None:
@@ -82,9 +89,9 @@ class WandB:
 class Trackio:
     """Hugging Face's local tracker: `trackio show --project async_rl`."""
 
-    def __init__(self, run: Run, run_directory: Path) -> None:
+    def __init__(self, recipe: Recipe, run_directory: Path) -> None:
         trackio: Any = importlib.import_module("trackio")
-        options = {"config": msgspec.to_builtins(run), "resume": "allow", "embed": False}
+        options = {"config": msgspec.to_builtins(recipe), "resume": "allow", "embed": False}
         self._run = trackio.init(project=PROJECT, name=run_directory.name, **options)
 
     def export(self, version: int, row: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from async_rl.stages import recipe as recipes
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.directory import StageDirectory, Tell, nothing
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.runner import StageRun
 
 ROOT = Path(__file__).resolve().parents[2]

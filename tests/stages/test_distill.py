@@ -17,6 +17,7 @@ from async_rl.learner.distributed import Ranks
 from async_rl.models.loading import build_model, load_tokenizer
 from async_rl.models.text import encode
 from async_rl.stages import recipe as recipes
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.runner import StageRun
 
 GENERATOR = {"slots": 32}
@@ -25,19 +26,21 @@ GENERATOR = {"slots": 32}
 @pytest.fixture(scope="module")
 def teacher(ranks: Ranks, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned a hundred prompts by heart."""
-    sets = [f"stage.train={data}/sort_100.jsonl", "stage.heldout=", "stage.steps=60"]
+    sets = [f"stage.train={data}/sort_100.jsonl", "stage.heldout=", "stage.evaluate_every=0", "stage.steps=60"]
     recipe = recipes.load(RECIPES / "sort_sft.toml", "sft", sets)
     path = tmp_path_factory.mktemp("teacher")
     assert stage_of(recipe, path, ranks).to_the_end()
     return path / "model"
 
 
-def distill(data: Path, said: Path, stage: dict[str, Any], **section: Any) -> recipes.StageRecipe:
+def distill(data: Path, said: Path, stage: dict[str, Any], **section: Any) -> StageRecipe:
+    said_by = {"teacher": str(said), **section}
+    sampled = said_by.get("responses") != "data"
     tiny = {"characters": "0123456789=", "intermediate_size": 192, "max_length": 16}
     return recipe_of(
         "distill", data / "sort_100.jsonl", stage={"batch_rows": 50, "heldout_rows": 20, **stage},
-        model={"tiny": tiny}, generator=GENERATOR, optimizer={"learning_rate": 2e-3, "clip_norm": 0.0},
-        distill={"teacher": str(said), "max_new_tokens": 5, **section},
+        model={"tiny": tiny}, optimizer={"learning_rate": 2e-3, "clip_norm": 0.0},
+        generator=GENERATOR if sampled else {}, distill=({"max_new_tokens": 5} if sampled else {}) | said_by,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from stage_cases import RECIPES, gradients, padded_logprobs, recipe_of, stage_of, weights, with_steps, write
 from transformers import AutoModelForCausalLM
 
-from async_rl.config import Learner
+from async_rl.config import Learner, Model
 from async_rl.errors import UserError
 from async_rl.learner.distributed import Ranks
 from async_rl.models.loading import build_model, load_tokenizer
@@ -133,7 +133,7 @@ def test_it_overfits_a_hundred_packed_samples(ranks: Ranks, data: Path, tmp_path
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 70 and summary["rows"] == 7000 and summary["eval_after"]["token_accuracy"] == 1.0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    tokenizer = load_tokenizer(recipes.Model(path=str(tmp_path / "run" / "model")))
+    tokenizer = load_tokenizer(Model(path=str(tmp_path / "run" / "model")))
     row = json.loads((data / "sort_100.jsonl").read_text().splitlines()[0])
     prompt = torch.tensor([[1, *encode(tokenizer, row["prompt"])]])
     out = saved.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)

@@ -20,8 +20,8 @@ from async_rl.config import Model, TinyModel
 from async_rl.learner.distributed import Ranks
 from async_rl.learner.sharding import local
 from async_rl.models.loading import build_model, load_tokenizer
+from async_rl.stages.config import StageRecipe
 from async_rl.stages.directory import StageDirectory
-from async_rl.stages.recipe import StageRecipe
 from async_rl.stages.runner import StageRun
 from tests.many_ranks import in_ranks
 
@@ -31,10 +31,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("preference", {"preference": {"loss": "dpo", "reference": "cached"}}),
     "dpo, reference per step": ("preference", {"preference": {"loss": "dpo", "reference": "per_step"}}),
     "reward model": ("reward-model", {}),
-    "distill on data": ("distill", {"distill": {**DISTILL, "responses": "data"}}),
-    "distill on policy": ("distill", {"distill": {**DISTILL, "direction": "forward"}}),
+    "distill on data": ("distill", {"distill": {"responses": "data"}}),
+    "distill on policy": (
+        "distill", {"distill": {**DISTILL, "responses": "student", "direction": "forward"}, "generator": {"slots": 8}},
+    ),
     "distill what the teacher says": (
-        "distill", {"distill": {**DISTILL, "responses": "teacher", "loss": "cross_entropy"}},
+        "distill",
+        {"distill": {**DISTILL, "responses": "teacher", "loss": "cross_entropy"}, "generator": {"slots": 8}},
     ),
 }  # fmt: skip
 
@@ -61,11 +64,11 @@ def recipe_for(name: str, folder: Path, sharding: str) -> StageRecipe:
         teacher = Model(tiny=TinyModel(characters="0123456789=", hidden_size=48, max_length=16))
         build_model(teacher, seed=5).save_pretrained(folder / "teacher")
         load_tokenizer(teacher).save_pretrained(folder / "teacher")
-        sections = {"distill": {**sections["distill"], "teacher": str(folder / "teacher")}}
+        sections = sections | {"distill": {**sections["distill"], "teacher": str(folder / "teacher")}}
     stage = {"steps": 0, "epochs": 1, "batch_rows": 7, "heldout_rows": 1, "evaluate_every": 2}
     learner = {"sharding": sharding, "microbatch_tokens": 60, "activation_checkpointing": sharding == "full"}
     return recipe_of(kind, write(folder / "rows.jsonl", rows_of(kind)), stage=stage, learner=learner,
-                     checkpoint={"every_steps": 2}, generator={"slots": 8}, **sections)  # fmt: skip
+                     checkpoint={"every_steps": 2}, **sections)  # fmt: skip
 
 
 def trained(recipe: StageRecipe, path: Path, ranks: Ranks) -> tuple[list[Any], list[Any], int]:
