@@ -57,7 +57,9 @@ difference of values by rho = min(current / behaviour, `rho_bar`), and how far b
 min(current / behaviour, `c_bar`); on policy it is GAE. It costs a forward pass of the policy before the step. The
 presets `async_ppo` and `impala` have it, any other with a critic takes it by `algorithm.options = { advantage =
 "vtrace" }`. A token is weighed once: rho joins the advantage only where the loss has no ratio (`reinforce` over
-behaviour). `vtrace_rho` in the metrics is the mean of rho, 1 on policy.
+behaviour). `vtrace_rho` in the metrics is the mean of rho, 1 on policy. Far from the policy
+that sampled something has to hold updates back: the clip of `async_ppo` over the behaviour policy does, so does the
+mask of `async_default`; truncated weights alone (`tis`, `impala`) do not.
 """
 
 

@@ -22,8 +22,8 @@ from async_rl.wire.messages import TrainRollout
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ppo": {},
-    "ppo with V-trace": {"advantage": "vtrace", "rho_bar": 1.1, "c_bar": 0.9},
     "async_ppo": {"rho_bar": 1.1, "c_bar": 0.9},
+    "tis": {"advantage": "vtrace", "rho_bar": 1.1, "c_bar": 0.9},
     "impala": {"rho_bar": 1.1, "c_bar": 0.9},
 }
 BETA, COEF, LAM, GAMMA, CLIP = 0.3, 0.25, 0.9, 0.97, 0.2
@@ -127,10 +127,10 @@ class Naive:
             if weight:
                 ratio, whitened = (p - b).exp(), ((advantage - mean) / deviation).float()
                 match run.algorithm.preset:
-                    case "ppo":
+                    case "ppo" | "async_ppo":
                         term = torch.minimum(ratio * whitened, ratio.clamp(0.8, 1.2) * whitened)
-                    case "async_ppo":  # u = 1, w = min(ratio, 1)
-                        term = ratio.detach().clamp(max=1.0) * (p - p.detach()).exp() * whitened
+                    case "tis":  # u = 1, w = min(ratio, 2)
+                        term = ratio.detach().clamp(max=2.0) * (p - p.detach()).exp() * whitened
                     case _:
                         term = ratio.detach().clamp(max=objective.rho_bar) * whitened * p
                 policy_loss = policy_loss - term
@@ -151,7 +151,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients(ranks: Ranks, tmp_path: Path, run: Run, variant: str) -> None:
     options = {"kl": "k1", "kl_in": "reward", "kl_coef": BETA} | VARIANTS[variant]
-    run = msgspec.structs.replace(run, algorithm=Algorithm(preset=variant.split()[0], options=options))
+    run = msgspec.structs.replace(run, algorithm=Algorithm(preset=variant, options=options))
     rollouts = rollouts_with_stale_tokens()
     naive = Naive(run, rollouts)
     naive.policy_loss.backward()
