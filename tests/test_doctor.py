@@ -390,6 +390,9 @@ def test_footprint_of_what_is_shared_adapted_or_computed_again(recipe: Path) -> 
     plain = footprint(load(recipe))
     shared = footprint(load(recipe, "learner.ranks=2", "learner.sharding=full"))
     assert shared.models["policy"] == plain.models["policy"] // 2 and shared.checkpoint == plain.checkpoint
+    assert plain.kept == 4 * plain.parameters == 2 * shared.kept
+    assert footprint(load(recipe, "staleness.max_staleness=0")).kept == 0
+    assert footprint(load(recipe, "learner.mismatch_steps=0")).kept == 0
     again = footprint(load(recipe, "learner.activation_checkpointing=true"))
     assert again.learner < plain.learner and again.models == plain.models
     run = load(recipe, "learner.lora={rank=2}")
@@ -399,6 +402,7 @@ def test_footprint_of_what_is_shared_adapted_or_computed_again(recipe: Path) -> 
     add_adapters(model, lora, seed=1, base="")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert footprint(run).models["policy"] == 4 * plain.parameters + 16 * trained
+    assert footprint(run).kept == 4 * trained
 
 
 def test_footprint_against_real_files_and_processes(recipe: Path, tmp_path: Path) -> None:

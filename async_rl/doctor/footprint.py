@@ -63,6 +63,8 @@ class Footprint(msgspec.Struct, frozen=True):
     """Of one learner rank, by role: weights, and gradients and optimiser where it is trained."""
     parked: int
     """Of the learner's models that leave the GPU between uses: host memory then."""
+    kept: int
+    """Of one rank, in host memory: weights of a former version, for a while (learner.former_weights)."""
 
     @property
     def resting(self) -> int:
@@ -82,8 +84,8 @@ class Footprint(msgspec.Struct, frozen=True):
     def by_device(self, run: Run, generator: torch.device, learner: torch.device) -> dict[str, int]:
         """What all processes of the recipe take: "cpu" and, where it is used, one "cuda" device."""
         processes = run.generator.count + run.learner.ranks
-        copy = self.checkpoint  # which is copied first and then written
-        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copy}
+        copies = self.checkpoint + run.learner.ranks * self.kept  # a checkpoint is copied first and then written
+        taken = {"cpu": CONTROLLER + processes * PROCESS + self.shared_memory + copies}
         amounts = [
             (generator.type, run.generator.count * self.generator),
             (learner.type, (run.learner.ranks if learner.type == "cpu" else 1) * self.learner),
@@ -108,9 +110,9 @@ def footprint(run: Run) -> Footprint:
     limit = min(run.generator.max_length, limit) if run.generator.max_length else limit
     tokens = min(limit, PROMPT_TOKENS + run.rollout.max_new_tokens)
     models, saved, parked = _models(run, parameters)
-    stored = SAVED_BYTES * parameters
+    stored, trained = SAVED_BYTES * parameters, parameters
     if run.learner.lora is not None:
-        adapters = _adapters(run.learner.lora, layout)
+        trained = adapters = _adapters(run.learner.lora, layout)
         models["policy"] = (WEIGHT_BYTES * parameters + MASTER_BYTES * adapters) // _shards(run)
         stored = WEIGHT_BYTES * parameters * run.learner.lora.save_merged + SAVED_BYTES * adapters
     return Footprint(
@@ -123,6 +125,7 @@ def footprint(run: Run) -> Footprint:
         ledger=_ledger(run, tokens),
         models=models,
         parked=parked,
+        kept=WEIGHT_BYTES * trained // _shards(run) if run.learner.mismatch_steps and not run.synchronous else 0,
     )
 
 

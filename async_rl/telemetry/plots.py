@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from async_rl.config import Run
 from async_rl.errors import require
+from async_rl.telemetry.agreement import limits
 from async_rl.telemetry.journal import EvalSummary, Row
 from async_rl.telemetry.usage import BUSY
 
@@ -85,6 +86,8 @@ class Panel(NamedTuple):
     spiky: bool = False
     """Logarithmic where single values dwarf the others."""
     points_label: str = "held-out, greedy"
+    orders: bool = False
+    """Orders of magnitude between the points and the bound, which is always drawn: a logarithmic axis."""
 
 
 def draw(rows: Sequence[Row], evaluations: Sequence[EvalSummary], run: Run, shares: Shares) -> list[Plot]:
@@ -94,7 +97,7 @@ def draw(rows: Sequence[Row], evaluations: Sequence[EvalSummary], run: Run, shar
         MissingExtra: matplotlib is not installed.
     """
     require("matplotlib", "report", "drawing plots")
-    found = (*_progress(rows, evaluations), *_models(rows), *_health(rows, run))
+    found = (*_progress(rows, evaluations), *_models(rows), *_health(rows, run), _mismatch(rows, run))
     plots = [plot for plot in found if plot is not None]
     by_lag = [row for row in rows if row["lag"].get("tokens")]
     if len(by_lag) > 1:
@@ -262,6 +265,37 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
     ]
 
 
+def _mismatch(rows: Sequence[Row], run: Run) -> Plot | None:
+    """Engine and learner, by lag and under the same weights, which those of lag 0 are."""
+    limit = limits(run.generator.dtype, run.learner.dtype).mean
+    lags = range(1, run.staleness.max_staleness + 1)
+    seen = np.array([lag for lag in lags if any(f"mismatch_lag_{lag}_abs" in row for row in rows)], np.int64)
+    shown: list[int] = [int(part[0]) for part in np.array_split(seen, LAG_BANDS) if len(part)]
+
+    def by_lag(measure: str) -> list[Line]:
+        return [
+            Line(f"lag {lag}", _mixed((index + 1) / len(shown)), values_of(rows, f"mismatch_lag_{lag}_{measure}"))
+            for index, lag in enumerate(shown)
+        ]
+
+    equal = values_of(rows, "equal_version_gap")
+    known = np.isfinite(equal)
+    points = (values_of(rows, "version")[known].tolist(), equal[known].tolist())
+    return line_plot(
+        "mismatch",
+        "Engine and learner: under the same weights their log-probs agree",
+        "How far the learner's log-probs are from the engine's. By lag: the policy moved on since it sampled, so the "
+        "older the further. Under the same weights only rounding is left; what stays over the limit is a fault "
+        "(async-rl doctor).",
+        rows,
+        [
+            Panel("|difference|, nats", by_lag("abs")),
+            Panel("KL (k3), nats", by_lag("k3"), spiky=True),
+            Panel("|difference|, nats", [], points, bound=("limit", limit), points_label="same weights", orders=True),
+        ],
+    )
+
+
 def _lag(rows: Sequence[Row], bound: int) -> Plot:
     """Tokens by lag as a share of each step, and the lag of those with weight against the bound."""
     kept = np.array_split(np.arange(bound + 1), min(LAG_BANDS, bound + 1))
@@ -363,9 +397,11 @@ def _fill(axes: Axes, versions: Array, panel: Panel) -> None:
         axes.plot(at, values, "o--", color=VERMILION, markersize=5, linewidth=1, label=panel.points_label)
     if panel.bound is not None:
         label, limit = panel.bound
-        highest = max(float(np.nanmax(line.y)) for line in panel.lines)
-        if highest > limit / 2:
+        highest = max(*(float(np.nanmax(line.y)) for line in panel.lines), *values, 0.0)
+        if highest > limit / 2 or panel.orders:
             axes.axhline(limit, color=GREY, linestyle="--", linewidth=1.2, label=f"{label} {limit:g}")
+    if panel.orders:
+        axes.set_yscale("log")
     if logarithmic:
         axes.set_yscale("log")
         axes.set_ylim(bottom=max(positive.min(), np.median(positive) / SPIKE))

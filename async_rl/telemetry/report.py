@@ -25,6 +25,7 @@ from async_rl.config import Model, Run
 from async_rl.errors import LedgerCorrupt, MissingExtra, UserError
 from async_rl.ledger import inspection
 from async_rl.telemetry import plots, samples
+from async_rl.telemetry.agreement import limits
 from async_rl.telemetry.files import write_atomically
 from async_rl.telemetry.journal import EDGE_STEPS, EvalSummary, Row, summarise
 from async_rl.telemetry.plots import Plot
@@ -220,8 +221,21 @@ def _facts(rows: Sequence[Row], summary: Row, run: Run) -> list[tuple[str, str]]
         ("bound of the lag (eta)", str(run.staleness.max_staleness)),
         ("tokens masked for their lag", f"{summary['masked_fraction']:.2%}"),
         ("steps skipped", f"{skipped:.0f}"),
+        *_agreement(rows, run),
     ]
     return facts + [(f"{role} at work", f"{share:.1%} of its time") for role, share in summary["busy"].items()]
+
+
+def _agreement(rows: Sequence[Row], run: Run) -> list[tuple[str, str]]:
+    """Nothing where engine and learner were never compared under the same weights."""
+    compared = [row for row in rows if row.get("equal_version_tokens")]
+    if not compared:
+        return []
+    tokens = sum(row["equal_version_tokens"] for row in compared)
+    gap = sum(row["equal_version_tokens"] * row["equal_version_gap"] for row in compared) / tokens
+    limit = limits(run.generator.dtype, run.learner.dtype).mean
+    said = f"{gap:.2g} nats apart on average over {tokens:,.0f} tokens (limit {limit:g})"
+    return [("log-probs of engine and learner under the same weights", said)]
 
 
 def _memory(memory: Row) -> list[tuple[str, str]]:

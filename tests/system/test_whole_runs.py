@@ -47,6 +47,10 @@ def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
     assert [row["step"] for row in steps] == list(range(25)) and all(row.keys() >= ROW for row in steps)
     for role in ("generator", "learner"):
         assert abs(result["busy"][role] + sum(result["idle"][role].values()) - 1) < 1e-6, "time is attributed whole"
+    compared = [row for row in steps if row["equal_version_tokens"]]
+    assert max(row["step"] for row in compared) > 10 and all(row["equal_version_gap_max"] < 1e-4 for row in compared)
+    assert not any("equal_version_gap" in row for row in steps if row not in compared)
+    assert "do not agree" not in printed
     report = check(run)
     assert report["trained"] == 25 * 64 and report["admitted"] == report["trained"] + report["cancelled"]
     newest = sorted((run / "checkpoints").iterdir())[-1]

@@ -168,6 +168,20 @@ def test_a_complete_run(tmp_path: Path) -> None:
     assert not list(directory.path.rglob("*.partial"))
 
 
+def test_mismatch_by_lag_and_under_the_same_weights(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    by_lag = {f"mismatch_lag_{lag}_{name}": 0.01 * (lag + 1) for lag in (1, 2, 4) for name in ("tokens", "abs", "k3")}
+    none, some = {"equal_version_tokens": 0.0}, {"equal_version_tokens": 100.0}
+    rows = [row(step, **by_lag, **(none if step % 3 else some | {"equal_version_gap": 1e-6})) for step in range(7)]
+    rows.append(row(7, **by_lag, equal_version_tokens=700.0, equal_version_gap=2e-6))
+    write(directory.metrics, rows)
+    report = write_report(directory)
+    page = read(directory)
+    assert [path.stem for path in report.plots][-3:] == ["mismatch", "lag", "waiting"]
+    text = "log-probs of engine and learner under the same weights 1.7e-06 nats apart on average over 1,000 tokens"
+    assert f"{text} (limit 0.001)" in page.text
+
+
 def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
     directory = make(tmp_path, evaluated=BOTH)
     write_report(directory)
