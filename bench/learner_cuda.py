@@ -115,7 +115,7 @@ def check_ranks(ranks: Ranks, scratch: Path) -> Checks:
     torch.cuda.synchronize()
     assert one.tolist() == [1.0] * 4 and host.item() == 1.0
     store, _ = host_store("127.0.0.1", 30.0)
-    group = Forming(store, 1, 0, ["learner"], 30.0).form(GPU)
+    group = Forming(store, "127.0.0.1", 1, 0, ["learner"], 30.0).form(GPU)
     group.broadcast(one, "a tensor")
     group.drop()
     return {"backend": str(dist.get_backend()), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}

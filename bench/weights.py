@@ -366,7 +366,7 @@ def stalls(size: str, updates: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         pair = Pair(size, Path(scratch))
         usual = pair.start_decoding()
-        for arm in ("shared_memory", "process_group", "http"):
+        for arm in TRANSPORTS[:-1]:
             swaps: list[float] = []
             gaps: list[float] = []
             with pair.prepared(arm):

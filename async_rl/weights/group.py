@@ -8,6 +8,7 @@ first; a group in which something failed is never used again, and it is destroye
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ from async_rl.listening import listen
 from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded
 
 HERE, SUPERSEDED = "here", "superseded"
+LANES = 2
+"""Connections to each member. gloo moves what goes over one of them with one thread at each end, which a fast network
+and even loopback outrun."""
+LATE_S = 5.0
+"""After its deadline gloo should have given up by itself."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,11 +36,13 @@ class Group:
     """One formed group. Not thread safe, except `interrupt`."""
 
     def __init__(
-        self, epoch: int, rank: int, names: Sequence[str], raw: Any, device: torch.device, timeout_s: float
+        self, epoch: int, rank: int, names: Sequence[str], lanes: Sequence[Any], device: torch.device, timeout_s: float
     ) -> None:
         self.epoch, self.rank, self.device = epoch, rank, device
         self._names, self._timeout_s = names, timeout_s
-        self._raw: Any = raw
+        self._lanes = lanes
+        self._begun = 0
+        """Broadcasts: each takes the next lane, here as at every other member."""
         self._condition = threading.Condition()
         self._interrupted = False
 
@@ -43,7 +51,7 @@ class Group:
         self.begin(tensor, what).wait()
 
     def begin(self, tensor: Tensor, what: str) -> Broadcast:
-        """From rank 0 to all, in place. Broadcasts happen in the order in which they began, each to be waited for.
+        """From rank 0 to all, in place. All members begin the same broadcasts in the same order, each to be waited for.
 
         Raises:
             BroadcastFailed: a member is gone.
@@ -65,7 +73,8 @@ class Group:
         if self._interrupted:
             raise GroupSuperseded(f"{what}: weight group {self.epoch} is being replaced")
         try:
-            work = self._raw.broadcast([tensor], options)
+            work = self._lanes[self._begun % len(self._lanes)].broadcast([tensor], options)
+            self._begun += 1
             work.get_future().add_done_callback(done)
         except RuntimeError as error:
             raise BroadcastFailed(f"{what}: {error}") from error
@@ -91,8 +100,8 @@ class Group:
 
     def drop(self) -> None:
         """Give the group up. Destroying one in which an operation hangs takes until its timeout: not in our thread."""
-        held = [self._raw]
-        self._raw = None
+        held = list(self._lanes)
+        self._lanes = ()
         threading.Thread(target=held.clear, name="weights-drop-group", daemon=True).start()
 
 
@@ -118,13 +127,21 @@ class Broadcast:
 
 
 class Forming:
-    """Comes to a new group; `interrupt` from another thread ends the roll call at once."""
+    """Comes to a new group; `interrupt` from another thread ends that at once.
 
-    def __init__(self, store: TCPStore, epoch: int, rank: int, names: Sequence[str], timeout_s: float) -> None:
-        self.epoch = epoch
-        self._store, self._rank, self._names, self._timeout_s = store, rank, names, timeout_s
-        self._second: TCPStore = cast(Any, store).clone()  # the first connection is busy while it waits
+    address: of ours, where the other members reach us.
+    """
+
+    def __init__(
+        self, store: TCPStore, address: str, epoch: int, rank: int, names: Sequence[str], timeout_s: float
+    ) -> None:
+        self.epoch, self._address = epoch, address
+        self._rank, self._names, self._timeout_s = rank, names, timeout_s
+        # a connection is busy while it waits: one that is given up must not hold up the next group, nor an interrupt
+        self._store, self._second = cast(Any, store).clone(), cast(Any, store).clone()
         self._keys = [f"weights/{epoch}/{index}" for index in range(len(names))]
+        self._condition = threading.Condition()
+        self._interrupted = False
 
     def form(self, device: torch.device) -> Group:
         """Wait for all members, then connect to each of them.
@@ -136,18 +153,45 @@ class Forming:
         started = time.monotonic()
         self._roll_call()
         left = max(self._timeout_s - (time.monotonic() - started), 1.0)
-        try:
-            prefix = PrefixStore(f"weights/{self.epoch}", self._store)
-            raw = connect(prefix, self._store.host, self._rank, len(self._names), device, left)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise GroupIncomplete(f"weight group {self.epoch} of {', '.join(self._names)}: {reason}") from error
-        return Group(self.epoch, self._rank, self._names, raw, device, self._timeout_s)
+        return Group(self.epoch, self._rank, self._names, self._connected(device, left), device, self._timeout_s)
 
     def interrupt(self) -> None:
         """Answer for the missing ones that the group will not come about."""
+        with self._condition:
+            self._interrupted = True
+            self._condition.notify_all()
         for key in self._keys:
             self._second.compare_set(key, "", SUPERSEDED)
+
+    def _connected(self, device: torch.device, timeout_s: float) -> list[Any]:
+        """gloo cannot be interrupted, and waits for a member that has come and is cut off now until its deadline."""
+        outcome: list[list[Any] | Exception] = []
+        lanes = 1 if device.type == "cuda" else LANES
+
+        def lane(number: int) -> Any:
+            prefix = PrefixStore(f"weights/{self.epoch}/lane/{number}", self._store)
+            return connect(prefix, self._address, self._rank, len(self._names), device, timeout_s)
+
+        def work() -> None:
+            made: list[Any] | Exception
+            try:
+                made = [lane(number) for number in range(lanes)]
+            except Exception as error:
+                made = error
+            with self._condition:
+                outcome.append(made)
+                self._condition.notify_all()
+
+        threading.Thread(target=work, name="weights-connect", daemon=True).start()
+        with self._condition:
+            self._condition.wait_for(lambda: outcome or self._interrupted, timeout_s + LATE_S)
+            if self._interrupted:
+                raise GroupSuperseded(f"weight group {self.epoch} is being replaced")
+            found = outcome[0] if outcome else TimeoutError(f"not connected within {timeout_s:.0f} s")
+        if isinstance(found, Exception):
+            reason = str(found).partition("\n")[0]
+            raise GroupIncomplete(f"weight group {self.epoch} of {', '.join(self._names)}: {reason}") from found
+        return found
 
     def _roll_call(self) -> None:
         epoch = self.epoch
@@ -165,7 +209,7 @@ class Forming:
             raise GroupSuperseded(f"weight group {epoch} was given up before it was formed")
 
 
-def connect(store: Any, host: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
+def connect(store: Any, address: str, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
     """A raw process group that torch.distributed's global state does not know. Blocks without the GIL."""
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
@@ -174,15 +218,11 @@ def connect(store: Any, host: str, rank: int, size: int, device: torch.device, t
     options = cast(Any, ProcessGroupGloo)._Options()
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 2
-    options._devices = [_gloo_device(host)]
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    # gloo itself would take what this machine's name resolves to: often loopback
+    where = {"interface": interface} if interface and address not in LOOPBACK else {"hostname": address}
+    options._devices = [ProcessGroupGloo.create_device(**where)]
     return ProcessGroupGloo(store, rank, size, options)
-
-
-def _gloo_device(host: str) -> Any:
-    """Loopback stays on loopback; otherwise gloo chooses (GLOO_SOCKET_IFNAME)."""
-    if host in LOOPBACK:
-        return ProcessGroupGloo.create_device(hostname=host)
-    return ProcessGroupGloo.create_default_device()
 
 
 def host_store(

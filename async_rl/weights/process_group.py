@@ -35,11 +35,10 @@ from async_rl.weights.group import Broadcast, Forming, Group, host_store
 from async_rl.weights.header import SIZE, Header, name
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
 
-IN_FLIGHT = 3
-"""Parts: while one is checked, the next two are on their way."""
-AT_ONCE, LEAST_PARTS = 8, 4
-"""Buckets in a part at most, and parts at least where there are as many buckets: every broadcast of gloo's has a price.
-0.5 G parameters in parts of one bucket came at 0.70 of one raw broadcast, of four at 0.74, of eight at 0.79."""
+IN_FLIGHT = 4
+"""Parts: while one is checked, the next ones are on their way, on every lane."""
+AT_ONCE, LEAST_PARTS = 4, 4
+"""Buckets in a part at most, and parts at least where there are as many buckets: every broadcast has a price."""
 KNOCK_S = 1.0
 """A connection that is not refused and does not come about is tried again, unless a newer group was called."""
 LEARNER = "learner"
@@ -70,9 +69,9 @@ class _Member:
         """Leave the group."""
         self._drop()
 
-    def _form(self, store: TCPStore, epoch: int, rank: int, names: Sequence[str]) -> None:
+    def _form(self, store: TCPStore, address: str, epoch: int, rank: int, names: Sequence[str]) -> None:
         self._drop()
-        forming = Forming(store, epoch, rank, names, self._timeout_s)
+        forming = Forming(store, address, epoch, rank, names, self._timeout_s)
         with self._lock:
             self._refuse_old(epoch)
             self._forming = forming
@@ -111,6 +110,7 @@ class ProcessGroupSender(_Member):
     ) -> None:
         super().__init__(timeout_s, device)
         self._layout = layout
+        self._host = host
         self._store, port = host_store(host, timeout_s)
         self.store = f"{host}:{port}"
         """host:port, for Hello.weights_store."""
@@ -129,7 +129,7 @@ class ProcessGroupSender(_Member):
         if not group.members:
             self._drop()
             return False
-        self._form(self._store, group.epoch, 0, [LEARNER, *group.members])
+        self._form(self._store, self._host, group.epoch, 0, [LEARNER, *group.members])
         return True
 
     def send(
@@ -179,7 +179,7 @@ class ProcessGroupReceiver(_Member):
         if self._member not in group.members:
             return
         host, _, port = group.store.rpartition(":")
-        self._reach(group.epoch, host, int(port))
+        address = self._reach(group.epoch, host, int(port))
         try:
             store = TCPStore(
                 host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self._timeout_s)
@@ -189,17 +189,18 @@ class ProcessGroupReceiver(_Member):
             raise GroupIncomplete(
                 f"the rendezvous store of the learner at {group.store} does not answer: {reason}"
             ) from error
-        self._form(store, group.epoch, 1 + group.members.index(self._member), [LEARNER, *group.members])
+        self._form(store, address, group.epoch, 1 + group.members.index(self._member), [LEARNER, *group.members])
 
-    def _reach(self, epoch: int, host: str, port: int) -> None:
-        """TCPStore knocks until its deadline, and once more, whatever comes meanwhile. Where a learner has died, every
-        group that was formed before its successor came would take so long, one after the other."""
+    def _reach(self, epoch: int, host: str, port: int) -> str:
+        """Our address on the way to the store, which answers. TCPStore itself knocks until its deadline, and once more,
+        whatever comes meanwhile: where a learner has died, every group that was formed before its successor came would
+        take so long, one after the other."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             self._refuse_old(epoch)
             try:
-                socket.create_connection((host, port), timeout=KNOCK_S).close()
-                return
+                with socket.create_connection((host, port), timeout=KNOCK_S) as reached:
+                    return str(reached.getsockname()[0])
             except TimeoutError as error:
                 reason = error if time.monotonic() >= deadline else None
             except OSError as error:  # refused: it stood before anybody heard of it, so its learner is gone

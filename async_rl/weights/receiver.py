@@ -110,8 +110,9 @@ class Receiver:
     def _download(self, announce: WeightsAnnounce) -> Snapshot:
         if announce is not self._newest:
             raise WeightsGone(f"weights {name(announce.weights)} are out of date: newer ones were announced")
-        if self._relay.held is not None and self._relay.held >= announce.weights:
-            raise WeightsGone(f"weights {name(announce.weights)} were fetched before")
+        fetched = self._relay.fetched
+        if fetched is not None and fetched.weights >= announce.weights:
+            return fetched  # the engine could not load them, or they would not have been asked for
         url = self._relay_url or announce.location
         return self._relay.fetch(msgspec.structs.replace(announce, location=url))
 

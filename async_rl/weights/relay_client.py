@@ -63,8 +63,8 @@ class RelayClient:
         self._layout, self._timeout_s = layout, timeout_s
         self._staging: list[Tensor | None] = [None, None]
         """What was fetched last, and what is written next."""
-        self.held: WeightsId | None = None
-        """What was fetched last."""
+        self.fetched: Snapshot | None = None
+        """The last one; None after a damaged one."""
         self._stopped = threading.Event()
         self._connection: http.client.HTTPConnection | None = None
         self.received = 0
@@ -98,7 +98,7 @@ class RelayClient:
             except _Gone:
                 continue  # replaced while it was fetched: there are newer ones, and we have got on
             except WeightsCorrupt:
-                self.held = None  # next time without deltas
+                self.fetched = None  # next time without deltas
                 raise
 
     def interrupt(self) -> None:
@@ -114,7 +114,7 @@ class RelayClient:
 
     def _fetch(self, source: _Source, files: list[_Listed]) -> Snapshot:
         newest = files[-1]
-        chain = _chain(files, self.held)
+        chain = _chain(files, None if self.fetched is None else self.fetched.weights)
         if chain:
             return self._fetch_deltas(source, chain)
         into = self._empty(1)
@@ -144,9 +144,9 @@ class RelayClient:
         manifest.header.check_layout(self._layout)
         manifest.header.check_payload(payload)
         self._staging.reverse()
-        self.held = manifest.header.weights
         self.received += manifest.file_bytes
-        return Snapshot(manifest.header.weights, self._layout.views(payload))
+        self.fetched = Snapshot(manifest.header.weights, self._layout.views(payload))
+        return self.fetched
 
     def _place(self, manifest: Manifest, into: Tensor) -> Tensor:
         manifest.header.check_layout(self._layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from async_rl.telemetry.run_directory import RunDirectory
 
 from ..system.conftest import ROOT, check
 from ..weights.proxy import Proxy
+from .cable import NEAR, Cable
 from .conftest import Run
 from .faults import BroadcastDeaths, Moment
 from .recomputation import KEPT, check_logprobs
@@ -94,13 +96,18 @@ def ports() -> list[int]:
 
 
 class FarGenerator:
-    """generator-1, on the other side of a network that can be cut."""
+    """generator-1, on the other side of a network that can be cut: of proxies, or of a cable, over which only the
+    training stream needs a proxy (the controller listens on loopback)."""
 
-    def __init__(self, run: Run, ports: list[int]) -> None:
+    def __init__(self, run: Run, ports: list[int], cable: Cable | None = None) -> None:
         self._run = run
-        self.networks = [Proxy(("127.0.0.1", port)) for port in ports]
+        self._inside = () if cable is None else cable.inside
+        self._environment = os.environ | ({} if cable is None else {"GLOO_SOCKET_IFNAME": cable.far})
+        self._host = "127.0.0.1" if cable is None else NEAR
+        self.networks = [Proxy(("127.0.0.1", port), self._host) for port in ports]
         recipe = json.loads((run.path / "config.json").read_text())
-        recipe["weights"]["relay_url"] = self.networks[1].url
+        if cable is None:
+            recipe["weights"]["relay_url"] = self.networks[1].url
         self._config = run.path / "far" / "config.json"
         self._config.parent.mkdir()
         self._config.write_text(json.dumps(recipe))
@@ -108,11 +115,22 @@ class FarGenerator:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "async_rl.cli", "serve", "generator", "--config", str(self._config)]
+        command = [
+            *self._inside,
+            sys.executable,
+            "-m",
+            "async_rl.cli",
+            "serve",
+            "generator",
+            "--config",
+            str(self._config),
+        ]
         command += ["--run-dir", str(self._run.path), "--name", "generator-1"]
-        command += ["--connect", f"tcp://127.0.0.1:{self.networks[0].port}"]
+        command += ["--connect", f"tcp://{self._host}:{self.networks[0].port}"]
         log = (self._run.path / "logs" / "far.log").open("a")
-        self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True))
+        self.processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=self._environment, stdout=log, stderr=log, text=True)
+        )
         log.close()
 
     def close(self) -> None:
@@ -161,6 +179,47 @@ def test_a_network_that_is_cut_for_ten_seconds(
     caught_up(run, "generator-1", run.version_at("generator-0"))
     works(run, "generator-1")
     stopped(run)
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    made = Cable()
+    yield made
+    made.close()
+
+
+@pytest.mark.timeout(400)
+def test_a_cable_that_is_pulled_out_for_ten_seconds(
+    start: Any, far: list[FarGenerator], ports: list[int], cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of one of two members of the weight group is cut, the broadcast as well: the other one goes on with
+    new weights, and the first comes back to the group, without a wrong version in any token."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", cable.near)
+    run = start(
+        "steps=100000",
+        "weights.transport=process_group",
+        f"weights.host={NEAR}",
+        "controller.heartbeat_timeout_s=60",
+        f"controller.port={ports[0]}",
+        *LARGER,
+        *KEPT,
+    )
+    run.rows(2)
+    far.append(FarGenerator(run, ports[:1], cable))
+    caught_up(run, "generator-1", 3)
+    cable.pull()
+    before, began = run.version_at("generator-0"), time.monotonic()
+    caught_up(run, "generator-0", before + 3, within=CUT_S)
+    moved = time.monotonic() - began
+    assert run.version_at("generator-1") <= before + 1, "it was not cut"
+    time.sleep(max(0.0, CUT_S - moved))
+    cable.plug()
+    caught_up(run, "generator-1", run.version_at("generator-0"))
+    works(run, "generator-1")
+    print(f"3 versions in {moved:.1f} s, back at {run.version_at('generator-1')}", flush=True)
+    stopped(run)
+    checked = check_logprobs(RunDirectory(run.path), atol=TOLERANCE)
+    print(f"{sum(checked.values())} tokens of {len(checked)} versions agree with the learner")
 
 
 def caught_up(run: Run, generator: str, version: int, within: float = 120) -> None:

@@ -9,12 +9,12 @@ import threading
 
 
 class Proxy:
-    """Listens on loopback and forwards to `target`. While it is cut, connections hang and new ones are not answered:
+    """Listens on `host` and forwards to `target`. While it is cut, connections hang and new ones are not answered:
     as if packets were dropped."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], host: str = "127.0.0.1") -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self.port = int(self._listener.getsockname()[1])
         self._open = threading.Event()
         self._open.set()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from weights_cases import LARGE, SMALL, Generator, Outbox, expected_report, holds, packed, writer
 
 from async_rl.models.parameters import Entry, Layout
@@ -21,6 +22,7 @@ from async_rl.weights import checksum
 from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import GroupIncomplete, GroupSuperseded, WeightsCorrupt, WeightsGone, WeightsMismatch
 from async_rl.weights.files import WeightFiles
+from async_rl.weights.group import HERE
 from async_rl.weights.process_group import ProcessGroupReceiver, ProcessGroupSender
 from async_rl.weights.publisher import Publisher
 from async_rl.weights.receiver import Receiver
@@ -209,6 +211,34 @@ def test_a_newer_group_ends_the_roll_call_of_the_older_one(tmp_path: Path) -> No
     asyncio.run(main())
     learner.publisher.close()
     assert time.monotonic() - started < 20
+    assert learner.outbox.failed.empty()
+
+
+@pytest.mark.timeout(60)
+def test_a_newer_group_ends_the_connecting_of_the_older_one(tmp_path: Path) -> None:
+    """A member that answers the roll call and is cut off then: gloo alone would wait for it until its deadline."""
+    learner = Learner(tmp_path, SMALL, timeout_s=600)
+
+    async def main() -> None:
+        end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=600))
+        group = learner.group(1, "generator-0", "cut off")
+        waiting = asyncio.create_task(end.regroup(group))
+        host, _, port = group.store.rpartition(":")
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        await asyncio.to_thread(store.wait, ["weights/1/1"])
+        store.compare_set("weights/1/2", "", HERE)
+        await asyncio.to_thread(store.wait, ["weights/1/lane/0/0/0", "weights/1/lane/0/0/1"])  # gloo is on its way
+        newer = asyncio.create_task(end.regroup(learner.group(2, "generator-0")))
+        with pytest.raises(GroupSuperseded):
+            await waiting
+        await newer
+        learner.publish(5)
+        snapshot = await end.fetch(learner.outbox.announcement())
+        assert holds(snapshot, SMALL, 5)
+        end.close()
+
+    asyncio.run(main())
+    learner.publisher.close()
     assert learner.outbox.failed.empty()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from async_rl.weights.checksum import BUCKET_BYTES
 from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
 from async_rl.weights.files import WeightFiles
+from async_rl.weights.receiver import Receiver
 from async_rl.weights.relay import Relay
 from async_rl.weights.relay_client import RelayClient
 from async_rl.wire.messages import WeightsAnnounce, WeightsId
@@ -90,6 +92,20 @@ def test_round_trip_and_the_newest_is_what_comes(learner: Learner) -> None:
     newest = client.fetch(first)
     assert newest.weights == WeightsId(1, 3) and holds(newest, LARGE, 3)
     assert holds(snapshot, LARGE, 1), "valid until the second fetch after it"
+
+
+def test_what_was_fetched_and_could_not_be_loaded_is_there_at_once(learner: Learner) -> None:
+    """The controller announces again what did not become live."""
+    receiver = Receiver(LARGE)
+    announce = learner.send(1)
+
+    async def twice() -> None:
+        first, again = await receiver.fetch(announce), await receiver.fetch(announce)
+        assert first.weights == again.weights == WeightsId(1, 1) and holds(again, LARGE, 1)
+        assert receiver.statistics()["received"] < 1.1 * LARGE.nbytes
+
+    asyncio.run(twice())
+    receiver.close()
 
 
 def test_it_is_a_safetensors_file_with_ranges_and_an_etag(learner: Learner) -> None:
