@@ -93,3 +93,38 @@ class BroadcastDeaths:
         written.write_text(moment)
         written.rename(self._directory / name)
         return meeting
+
+
+DIES_AT = """
+import importlib, os, signal, sys
+from pathlib import Path
+
+for order, (name, module, kind, method) in {places!r}.items():
+    if name in sys.orig_argv:
+        owner = getattr(importlib.import_module(module), kind)
+
+        def call_or_die(*arguments, order=Path({directory!r}) / order, call=getattr(owner, method)):
+            if order.exists():
+                order.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        setattr(owner, method, call_or_die)
+"""
+
+
+class DeathsAt:
+    """Processes that die when they are told to, as soon as they come to a place: name of the order -> (name of the
+    process, module, class, method)."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, directory: Path, places: dict[str, tuple[str, str, str, str]]
+    ) -> None:
+        self._directory = directory
+        run_first(monkeypatch, directory, DIES_AT.format(directory=str(directory), places=places))
+
+    def order(self, name: str) -> None:
+        (self._directory / name).touch()
+
+    def done(self, name: str) -> bool:
+        return not (self._directory / name).exists()
