@@ -9,6 +9,7 @@ touched.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -33,6 +34,9 @@ class Slot:
 
     def __init__(self, directory: Path, nbytes: int, number: int, *, pinned: bool) -> None:
         """Raises OSError where there is no room: it is taken at once, not when a page is first touched."""
+        room = os.statvfs(directory)
+        if room.f_bavail * room.f_frsize < nbytes:  # tmpfs would fill up with zeros first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.path = directory / f"{PARTIAL}slot-{number}"
         self.taken = False
         """It is being written, or has to stay as it is."""

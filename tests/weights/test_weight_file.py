@@ -17,7 +17,7 @@ from async_rl.weights.checksum import BUCKET_BYTES, bucket_checksum, checksum
 from async_rl.weights.errors import WeightsCorrupt
 from async_rl.weights.files import WeightFiles
 from async_rl.weights.header import Header
-from async_rl.weights.slots import hold
+from async_rl.weights.slots import Slots, hold
 from async_rl.weights.weight_file import Manifest, decode_head, encode_head
 from async_rl.wire.messages import WeightsId
 
@@ -90,6 +90,12 @@ def test_a_file_that_is_read_is_not_written(tmp_path: Path) -> None:
     again = {written(files, version) for version in range(8, 14)}
     assert len(again) <= 4, "files are used again"
     files.close()
+
+
+def test_without_room_nothing_is_begun(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        Slots(tmp_path, 1 << 60).take()
+    assert not list(tmp_path.iterdir())
 
 
 def hold_for_ever(path: str, pipe: object) -> None:
