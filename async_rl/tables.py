@@ -11,13 +11,16 @@ import re
 import tomllib
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from async_rl.errors import UserError
 
 S = typing.TypeVar("S", bound=msgspec.Struct)
+SOME_KEY = "..."
+STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+"""Of msgspec's path to a value: a field, a place in an array, or `...`: some key of a table, it does not say which."""
 
 
 def convert(table: dict[str, Any], struct: type[S]) -> S:
@@ -26,7 +29,7 @@ def convert(table: dict[str, Any], struct: type[S]) -> S:
     try:
         return msgspec.convert(table, struct)
     except msgspec.ValidationError as error:
-        raise UserError(_explain(error, table)) from None
+        raise UserError(_explain(error, table, struct)) from None
 
 
 def dumps(run: msgspec.Struct) -> str:
@@ -72,8 +75,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def _struct_of(annotation: Any) -> type[msgspec.Struct] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
+    return next((o for o in _members(annotation) if isinstance(o, type) and issubclass(o, msgspec.Struct)), None)
 
 
 def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix: str) -> None:
@@ -88,15 +90,56 @@ def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], prefix:
             _refuse_unknown(typing.cast(dict[str, Any], value), inner, f"{prefix}{key}.")
 
 
-def _explain(error: msgspec.ValidationError, table: dict[str, Any]) -> str:
-    message, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    value: Any = table
-    for part in re.findall(r"[^.\[\]]+", path):
-        if isinstance(value, dict):
-            value = typing.cast(dict[str, Any], value).get(part)
-        elif isinstance(value, list) and part.isdigit():
-            value = typing.cast(list[Any], value)[int(part)]
+def _explain(error: msgspec.ValidationError, table: dict[str, Any], struct: type[msgspec.Struct]) -> str:
+    message, _, path = str(error).partition(" - at `")
+    message = message[0].lower() + message[1:]
+    path, value, annotation = _follow(path.removeprefix("key` in `").rstrip("`").removeprefix("$"), table, struct)
     if "missing required field" in message:
-        return f"{path or 'the recipe'}: {message[0].lower() + message[1:].replace('`', chr(39))}"
-    return f"{path} = {value!r}: {message[0].lower() + message[1:].replace('`', '')}"
+        return f"{path or 'the recipe'}: {message.replace('`', chr(39))}"
+    choices = [str(one) for literal in _members(annotation, Literal) for one in typing.get_args(literal)]
+    if choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{path} = {value!r}: write {' or '.join([', '.join(choices[:-1]), choices[-1]])}{hint}"
+    hint = ""
+    if message.startswith("expected `str`"):
+        hint = "; write it in quotes"
+    elif message == "expected `array`, got `str`":
+        hint = f"; write [{value!r}]"
+    return f"{path} = {value!r}: {message.replace('`', '')}{hint}"
+
+
+def _follow(path: str, value: Any, annotation: Any) -> tuple[str, Any, Any]:
+    """Along msgspec's path: as a recipe writes it, the value there, and what it may be."""
+    written = ""
+    for field, place in STEP.findall(path):
+        if field:
+            struct = _struct_of(annotation)
+            assert struct is not None, "only structs have fields"
+            annotation = typing.get_type_hints(struct)[field]
+            value, written = value[field], f"{written}.{field}" if written else field
+        elif place == SOME_KEY:
+            (table,) = _members(annotation, dict)
+            annotation = typing.get_args(table)[1]
+            key = next(key for key in value if not _fits(value[key], annotation))
+            value, written = value[key], f"{written}.{key}"
+        else:
+            (array,) = _members(annotation, list) + _members(annotation, tuple)
+            elements = typing.get_args(array)
+            annotation = elements[min(int(place), len(elements) - 1)]
+            value, written = value[int(place)], f"{written}[{place}]"
+    return written, value, annotation
+
+
+def _members(annotation: Any, origin: Any = None) -> list[Any]:
+    """Of a union, those of this origin; a type is a union of itself."""
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return [one for one in members if origin is None or typing.get_origin(one) is origin]
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    try:
+        msgspec.convert(value, annotation)
+    except msgspec.ValidationError:
+        return False
+    return True
