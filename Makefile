@@ -82,6 +82,9 @@ bench-peers: $(STAMP)  ## one step of SFT, DPO and PPO of ours against TRL's tra
 bench-stages: $(STAMP)  ## what the recipes of docs/stages.md learn, with a plot
 	$(BIN)/python bench/stages.py
 
+bench-weights: $(STAMP) $(SMOLLM2)  ## weights by every transport beside memcpy and raw gloo; what a step changes of them
+	$(BIN)/python bench/weights.py --changed
+
 bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, bench-engine
 	$(BIN)/python bench/$(subst -,_,$*).py
 

@@ -137,4 +137,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
             f"held-out greedy {measure} {before[measure]:.3f} -> {after[measure]:.3f} ({after['tasks']} tasks)"
         )
     parts.append(f"reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}")
+    if "weights_changed" in summary:
+        parts.append(f"a step changes {summary['weights_changed']:.1%} of the weights")
     return ", ".join(parts)

@@ -223,6 +223,8 @@ def _facts(rows: Sequence[Row], summary: Row, run: Run) -> list[tuple[str, str]]
         ("steps skipped", f"{skipped:.0f}"),
         *_agreement(rows, run),
     ]
+    if "weights_changed" in summary:
+        facts.append(("weights that a step changes", f"{summary['weights_changed']:.1%}"))
     return facts + [(f"{role} at work", f"{share:.1%} of its time") for role, share in summary["busy"].items()]
 
 

@@ -141,7 +141,10 @@ def test_a_summary_is_one_sentence() -> None:
     assert progress.line("summary", summary, 0.0) == (
         "complete: 40 steps in 201.3 s, held-out greedy exact 0.333 -> 0.813 (30 tasks), reward 0.350 -> 0.790"
     )
-    assert summary_line({**summary, "eval_before": None}) == "complete: 40 steps in 201.3 s, reward 0.350 -> 0.790"
+    last = summary_line({**summary, "eval_before": None})
+    assert last == "complete: 40 steps in 201.3 s, reward 0.350 -> 0.790"
+    known = summary_line({**summary, "eval_before": None, "weights_changed": 0.0341})
+    assert known == f"{last}, a step changes 3.4% of the weights"
     assert progress.line("report", "runs/sort/report.html", 0.0) == "report: runs/sort/report.html"
 
 

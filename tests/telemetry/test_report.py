@@ -332,6 +332,14 @@ def test_promises_are_counted_from_the_ledger(tmp_path: Path, lag: int, verdict:
     assert f"{verdict}, counted again" in text and "rollouts admitted 4" in text and "rollouts running 2" in text
 
 
+def test_what_a_step_changes_of_the_weights_where_it_is_known(tmp_path: Path) -> None:
+    directory = make(tmp_path)
+    assert "weights that a step changes" not in write_report(directory).html.read_text()
+    write(directory.metrics, [row(step, weights_changed=0.02 * step) for step in range(1, 3)])
+    texts = [text for _, text in Page(write_report(directory).html.read_text()).texts]
+    assert texts[texts.index("weights that a step changes") + 1] == "3.0%"
+
+
 def test_torch_comes_in_only_to_read_samples(tmp_path: Path) -> None:
     directory = make(tmp_path, evaluated=BOTH)
     code = "import sys; from pathlib import Path; from async_rl.telemetry.report import write_report\n"
