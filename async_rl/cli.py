@@ -132,7 +132,7 @@ def doctor(options: argparse.Namespace) -> int:
     examine = importlib.import_module("async_rl.doctor.examine").examine
     run = recipes.load(Path(options.recipe), options.set) if options.recipe else None
     made: list[Any] = []
-    for one in examine(run, Path(options.run_dir)):
+    for one in examine(run, Path(options.run_dir), attached=options.attached):
         made.append(one)
         if not options.json:
             print(check.line(one), flush=True)
@@ -234,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     one = command("doctor", doctor, overrides=True, as_json=True)
     one.add_argument("recipe", nargs="?", help="also check that this recipe fits and computes right")
     one.add_argument("--run-dir", default="runs", help="where runs will be written: its disk is examined")
+    text = "the servers of generator.sglang.attach may be given other weights, which they keep: compare them too"
+    one.add_argument("--attached", action="store_true", help=text)
 
     one = command("simulate", simulate, overrides=True, as_json=True)
     one.add_argument("recipe", help="a TOML file; its [simulate] section describes the cluster")

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from async_rl.listening import LOOPBACK
+
 LEAST_FAILURES = 64
 Tracker: TypeAlias = Literal["tensorboard", "wandb", "trackio"]
 
@@ -381,6 +383,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def colocated(self) -> bool:
         return self.placement == "colocated"
+
+    @property
+    def weights_host(self) -> str:
+        """Where the learner can be reached."""
+        return self.weights.host or self.controller.host
+
+    @property
+    def weights_transport(self) -> Literal["auto", "shared_memory", "process_group", "http"]:
+        """`auto` is `shared_memory` where nobody else can reach the learner."""
+        alone = self.weights.transport == "auto" and self.weights_host in LOOPBACK
+        return "shared_memory" if alone else self.weights.transport
 
     @property
     def synchronous(self) -> bool:

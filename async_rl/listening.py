@@ -8,6 +8,7 @@ import socket
 
 from async_rl.errors import UserError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES)
 """What the system says where the address is ours and the port is not."""
 

@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from async_rl.config import Optimizer, Run, SGLang
 from async_rl.errors import UserError
+from async_rl.listening import LOOPBACK
 
 POSITIVE = (
     "steps",
@@ -104,7 +105,7 @@ def _addresses(run: Run) -> None:
     relay = run.weights.relay_url
     demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
     demand(
-        run.controller.host in ("127.0.0.1", "localhost", "::1"),
+        run.controller.host in LOOPBACK,
         "controller.host",
         run.controller.host,
         "only loopback for now: another address needs CURVE keys, which are not there yet",
@@ -198,7 +199,7 @@ def _sglang(run: Run) -> None:
     for field, url in urls:
         demand(url.startswith(("http://", "https://")), field, url, "write a URL, such as http://10.0.0.5:30000")
     if server.attach:
-        enough = len(set(server.attach)) == len(server.attach) >= count
+        enough = len({url.rstrip("/") for url in server.attach}) == len(server.attach) >= count
         demand(enough, "generator.sglang.attach", server.attach, f"write different URLs, at least {count}")
     if server.router:
         one = bool(server.attach) and count == 1

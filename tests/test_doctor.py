@@ -377,6 +377,25 @@ def test_ports() -> None:
     assert [check.status for check in free] == ["ok", "ok"]
 
 
+def test_addresses_of_weights_and_servers() -> None:
+    def found(*sets: str) -> list[tuple[str, str]]:
+        return [(check.status, check.detail) for check in machine.ports(recipes.load(SORT, sets))][1:]
+
+    (wrong,) = found("weights.host=nosuchhost.invalid", "weights.relay_port=22")
+    assert wrong[0] == "FAIL" and wrong[1].startswith("weights.host = 'nosuchhost.invalid': cannot listen there (")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        relay = f"weights.relay_port={taken.getsockname()[1]}"
+        (busy,) = found("weights.transport=http", relay)
+        assert busy[0] == "FAIL" and busy[1].startswith(relay.replace("=", " = ") + ": cannot listen on 127.0.0.1 (")
+        assert found(relay) == [], "on loopback nothing listens there"
+    assert found("weights.transport=http", relay) == [("ok", relay.replace("=", " = ") + " is free on 127.0.0.1")]
+    (wrong,) = found("generator.engine=sglang", "generator.sglang.host=203.0.113.5")
+    assert wrong[0] == "FAIL" and wrong[1].startswith("generator.sglang.host = '203.0.113.5': cannot listen there")
+    assert found("generator={engine='sglang', sglang={host='203.0.113.5', load_by='disk'}}") == []
+
+
 def test_syncing(tmp_path: Path) -> None:
     check = machine.syncing(tmp_path / "run")
     assert check.status in ("ok", "warn") and "ms to sync a write" in check.detail and not list(tmp_path.iterdir())
@@ -489,6 +508,32 @@ def test_what_is_wrong_with_a_recipe(
     sets = [override, "environment.options.digits=15"] if name == "episodes" else [override]
     found = checks(recipes.load(SORT, sets), tmp_path)
     assert found[name].status == "FAIL" and says in found[name].detail
+
+
+SGLANG = ["generator.engine=sglang", "generator.sglang.python=server"]
+
+
+def test_the_log_of_a_server_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check names can be read afterwards; what the server would have read is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "server").write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo {"x" * 50} {"y" * 50}\n[ "$1" = -c ]\n')
+    (tmp_path / "server").chmod(0o755)
+    check = checks(recipes.load(SORT, SGLANG), Path("runs"))["recipe"]
+    log = tmp_path / "runs" / "doctor-sglang.log"
+    assert check.status == "FAIL" and f"see {log}, which ends: xxx" in check.detail
+    assert log.read_text().startswith("xxx") and list(log.parent.iterdir()) == [log]
+    (tmp_path / "file").write_text("")
+    check = checks(recipes.load(SORT, SGLANG), tmp_path / "file")["recipe"]
+    assert check.status == "FAIL" and "file: cannot be written" in check.detail
+
+
+def test_attached_servers_are_asked_for(tmp_path: Path) -> None:
+    """Nothing is loaded into them unless that was said; then they are waited for, but not for long."""
+    sets = ["generator={engine='sglang', sglang={attach=['http://127.0.0.1:9'], start_s=0.1}}"]
+    check = checks(recipes.load(SORT, sets), tmp_path)["numerics"]
+    assert check.status == "warn" and "were not compared" in check.detail and "--attached" in check.detail
+    found = {check.name: check for check in examine(recipes.load(SORT, sets), tmp_path, attached=True)}
+    assert found["recipe"].status == "FAIL" and "attach = 'http://127.0.0.1:9': nothing" in found["recipe"].detail
 
 
 def test_nothing_is_sampled(recipe: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 
@@ -23,13 +22,18 @@ from async_rl.telemetry.exporters import check_exporters
 HEAVY = ("torch", "transformers")
 SHOWN_CHARACTERS = 100
 ATTACHED = (
-    "not examined: that would load weights into the servers of generator.sglang.attach, which may be at work; with "
-    "attach=[] a server is started for it"
+    "engine and learner were not compared: that loads weights into the servers of generator.sglang.attach, which may "
+    "be at work. Say --attached if they may get them, or --set generator.sglang.attach=[] to start a server for it"
 )
+ATTACH_S = 30.0
+"""Servers that are said to run answer so soon."""
 
 
-def examine(run: Run | None, run_directory: Path) -> Generator[Check]:
-    """One by one, as they are made; the last one takes as long as sampling a few rollouts."""
+def examine(run: Run | None, run_directory: Path, *, attached: bool = False) -> Generator[Check]:
+    """One by one, as they are made; the last one takes as long as sampling a few rollouts.
+
+    attached: servers of `generator.sglang.attach` may be given other weights, which they keep.
+    """
     software = machine.software()
     yield from software
     yield machine.cores(run)
@@ -51,7 +55,7 @@ def examine(run: Run | None, run_directory: Path) -> Generator[Check]:
         run = settle(run)
         yield from _fits(run, run_directory)
         yield _environment(run)
-        yield from _numerics(run)
+        yield from _numerics(run, run_directory, attached)
     except AsyncRLError as error:
         yield Check("recipe", "FAIL", str(error))
 
@@ -86,17 +90,17 @@ def _environment(run: Run) -> Check:
     return Check("environment", status, f"{environment.name}: {heldout} held-out tasks, the first of training: {first}")
 
 
-def _numerics(run: Run) -> Generator[Check]:
-    from async_rl.doctor.numerics import NothingSampled, observe, of_recipe
+def _numerics(run: Run, run_directory: Path, attached: bool) -> Generator[Check]:
+    from async_rl.doctor.numerics import NothingSampled, observe, of_recipe, server_files
     from async_rl.models.loading import load_stop_tokens, load_tokenizer
 
     tokenizer, stop = load_tokenizer(run.model), load_stop_tokens(run.model)
-    if run.generator.sglang.attach:
+    if run.generator.sglang.attach and not attached:
         yield Check("numerics", "warn", ATTACHED)
         return
     try:
-        with TemporaryDirectory() as logs:
-            observations = observe(run, of_recipe(run, Path(logs)))
+        with server_files(run, run_directory) as logs:
+            observations = observe(run, of_recipe(_soon(run), logs), others=not run.generator.sglang.attach)
     except NothingSampled as error:
         yield Check(
             "episodes", "FAIL", f"every one of them failed: {str(error).splitlines()[-1]}", {"traceback": str(error)}
@@ -112,6 +116,15 @@ def _numerics(run: Run) -> Generator[Check]:
     found = "; ".join(problems) or f"{len(tokenizer)} tokens, {len(stop)} of them end a reply; prompts survive decoding"
     yield Check("tokenizer", "warn" if problems else "ok", found)
     yield numerics_check(observations)
+
+
+def _soon(run: Run) -> Run:
+    """Servers that run already are waited for a moment only."""
+    server = run.generator.sglang
+    if not server.attach:
+        return run
+    server = msgspec.structs.replace(server, start_s=min(server.start_s, ATTACH_S))
+    return msgspec.structs.replace(run, generator=msgspec.structs.replace(run.generator, sglang=server))
 
 
 def numerics_check(observations: Observations) -> Check:

@@ -9,15 +9,18 @@ import platform
 import re
 import resource
 import shutil
-import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-from async_rl.config import Run
+from async_rl.config import Controller, Run
 from async_rl.doctor.check import Check
+from async_rl.errors import UserError
+from async_rl.listening import listen
 from async_rl.units import size
 
 DISTRIBUTION = "async-rl"
@@ -144,25 +147,46 @@ def descriptors() -> Check:
 
 
 def ports(run: Run | None) -> list[Check]:
-    """Whether we can listen on loopback, and on the ports the recipe names."""
-    host = run.controller.host if run else "127.0.0.1"
-    trouble = _cannot_listen(host, 0)
-    if trouble:
-        return [Check("ports", "FAIL", f"cannot listen on {host}: {trouble}")]
-    fixed: list[tuple[str, int]] = []
-    if run is not None and run.controller.port:
-        fixed += [("controller.port", run.controller.port), ("controller.port + 1", run.controller.port + 1)]
-    if run is not None and run.controller.admin_port:
-        fixed.append(("controller.admin_port", run.controller.admin_port))
-    checks = [Check("ports", "ok", f"can listen on {host}")]
-    for field, port in fixed:
-        trouble = _cannot_listen(host, port)
-        if trouble:
-            detail = f"{field} = {port}: cannot listen on {host} ({trouble}); write another, or 0 for any free one"
-            checks.append(Check("ports", "FAIL", detail))
+    """Whether we can listen at the addresses and ports the recipe names; without one, on loopback."""
+    checks: list[Check] = []
+    for at in _addresses(run):
+        try:
+            listen(at.host, at.port, field=at.field, owner=at.owner, port_field=at.port_field).close()
+        except UserError as error:
+            check = Check("ports", "FAIL", str(error))
         else:
-            checks.append(Check("ports", "ok", f"{field} = {port} is free"))
+            free = f"{at.port_field} = {at.port} is free on {at.host}"
+            check = Check("ports", "ok", free if at.port else f"can listen on {at.host}")
+        if check not in checks:
+            checks.append(check)
     return checks
+
+
+class _Address(NamedTuple):
+    """Where a service of a recipe will listen."""
+
+    owner: str
+    """The service."""
+    field: str
+    """The recipe's name of the host."""
+    host: str
+    port_field: str = ""
+    port: int = 0
+    """0: any free one."""
+
+
+def _addresses(run: Run | None) -> Iterator[_Address]:
+    controller = run.controller if run else Controller()
+    yield _Address("controller", "controller.host", controller.host)
+    numbers = [("controller.port", controller.port), ("controller.port + 1", controller.port and controller.port + 1)]
+    for name, port in [*numbers, ("controller.admin_port", controller.admin_port)]:
+        if port:
+            yield _Address("controller", "controller.host", controller.host, name, port)
+    if run is not None and run.weights_transport != "shared_memory":
+        relay = ("weights.relay_port", run.weights.relay_port)
+        yield _Address("learner", "weights.host", run.weights_host, *relay)
+    if run is not None and run.generator.engine == "sglang" and run.generator.sglang.load_by == "group":
+        yield _Address("generator", "generator.sglang.host", run.generator.sglang.host)
 
 
 def syncing(run_directory: Path) -> Check:
@@ -247,16 +271,3 @@ def _release(version: str) -> tuple[int, ...]:
     """Of "2.13.0+cpu": 2, 13, 0."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def _cannot_listen(host: str, port: int) -> str:
-    """Why not; empty if we can."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            probe.listen()
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""

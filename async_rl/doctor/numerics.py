@@ -11,8 +11,10 @@ as it trains. Only where they differ are hypotheses tried; some of them sample a
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -25,7 +27,7 @@ from async_rl.doctor.recomputation import Recomputation
 from async_rl.engines.make import make_engine
 from async_rl.engines.protocol import Engine, Snapshot
 from async_rl.environments.api import find, make_tasks
-from async_rl.errors import AsyncRLError
+from async_rl.errors import AsyncRLError, UserError
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.stages import local_engine
@@ -40,6 +42,7 @@ TOKENS = 2048
 """Sampled tokens to aim at."""
 MAX_NEW_TOKENS = 128
 WARM_UP_TOKENS = 2
+NAME = "doctor"
 OLDER_NAME, OLDER_FACTOR = "model.layers.0.input_layernorm.weight", 2.0
 """How the engine's first weights differ: every key and value depends on it."""
 OLDER, NEWER = WeightsId(0, 0), WeightsId(0, 1)
@@ -60,13 +63,37 @@ def of_recipe(run: Run, logs: Path) -> MakeEngine:
 
     def make(dtype: str | None) -> Engine:
         generator = msgspec.structs.replace(run.generator, dtype=dtype or run.generator.dtype, count=1)
-        return make_engine(msgspec.structs.replace(run, generator=generator), config, logs, name="doctor")
+        return make_engine(msgspec.structs.replace(run, generator=generator), config, logs, name=NAME)
 
     return make
 
 
-def observe(run: Run, make: MakeEngine) -> Observations:
+@contextmanager
+def server_files(run: Run, directory: Path) -> Generator[Path]:
+    """For `of_recipe`: a server's log, which stays in this directory, and what it reads, which goes.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    if run.generator.engine == "sglang":
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{NAME}-sglang.log").write_bytes(b"")
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {directory}: cannot be written ({error.strerror}), a server's log goes there; choose "
+                "another"
+            ) from None
+    try:
+        yield directory.absolute()
+    finally:
+        shutil.rmtree(directory / f"{NAME}-sglang", ignore_errors=True)
+
+
+def observe(run: Run, make: MakeEngine, *, others: bool = True) -> Observations:
     """Sample, recompute, compare.
+
+    others: `make` can be called for other engines than the recipe's; not where its servers are there already.
 
     Raises:
         NothingSampled: every episode failed.
@@ -109,15 +136,20 @@ def observe(run: Run, make: MakeEngine) -> Observations:
     best = recomputed.closest_temperature()
     with recompute.scaled(OLDER_NAME, OLDER_FACTOR):
         older_weights = gap(groups, learner)
-    return msgspec.structs.replace(
+    tried = msgspec.structs.replace(
         observations,
         best_temperature=best,
         at_best_temperature=recomputed.gap(recomputed.logprobs(best)),
         older_weights=older_weights,
         renormalised=recomputed.renormalised(logp_K, temperature, limits(engine, learner).mean),
+        float32_learner=gap(groups, "float32"),
+    )
+    if not others:
+        return tried
+    return msgspec.structs.replace(
+        tried,
         fresh_engine=gap(sample(None, newer), learner),
         float32_engine=gap(sample("float32", newer), learner),
-        float32_learner=gap(groups, "float32"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from async_rl.config import Run
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Engine
 from async_rl.engines.sglang.engine import SGLangEngine
+from async_rl.engines.sglang.installation import python_of
 from async_rl.engines.sglang.settings import InFlight, Settings
 from async_rl.listening import listen
 from async_rl.models.loading import SUPPORTED, load_tokenizer
@@ -45,7 +45,8 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
     if server.load_by == "group":  # said before a server takes its time to start
         listen(server.host, field="generator.sglang.host", owner="generator").close()
     files = directory / f"{name}-sglang"
-    attach = server.attach if server.router else server.attach[index :: run.generator.count]
+    urls = [url.rstrip("/") for url in server.attach]
+    attach = urls if server.router else urls[index :: run.generator.count]
     in_flight: InFlight = "recompute" if run.weights.in_flight == "auto" else run.weights.in_flight
     settings = Settings(
         command=() if attach else _command(run, config, files / "model", device),
@@ -81,6 +82,7 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
 def _command(run: Run, config: PreTrainedConfig, files: Path, device: str) -> Sequence[str]:
     """How a server of this recipe is started. It has nothing to do with text, so it gets no tokenizer."""
     server = run.generator.sglang
+    python = python_of(server)
     model = run.model.path
     if run.model.tiny is not None:  # the weights come from the learner: only the architecture is needed
         config.architectures = [SUPPORTED[config.model_type]]
@@ -88,7 +90,7 @@ def _command(run: Run, config: PreTrainedConfig, files: Path, device: str) -> Se
         load_tokenizer(run.model).save_pretrained(files)
         model = str(files)
     return [
-        *(server.python or sys.executable, "-m", "sglang.launch_server", "--model-path", model),
+        *(python, "-m", "sglang.launch_server", "--model-path", model),
         *("--host", "127.0.0.1", "--port", "{port}", "--dtype", run.generator.dtype, "--device", device.split(":")[0]),
         *("--max-running-requests", str(run.generator.slots), "--weight-version", "none"),
         *("--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle", "--log-level-http", "warning"),

@@ -17,7 +17,6 @@ from async_rl.config import Run
 from async_rl.models.parameters import Layout
 from async_rl.weights.errors import GroupSuperseded
 from async_rl.weights.files import Draft, WeightFiles
-from async_rl.weights.group import LOOPBACK
 from async_rl.weights.process_group import ProcessGroupSender
 from async_rl.weights.relay import Relay
 from async_rl.wire.messages import WeightGroup, WeightsAnnounce, WeightsId
@@ -103,11 +102,7 @@ class Distribution:
 def make_distribution(run: Run, run_directory: Path, layout: Layout, *, pinned: bool) -> Distribution:
     """The transport of the recipe."""
     weights = run.weights
-    host = weights.host or run.controller.host
-    reachable = host not in LOOPBACK
-    transport = weights.transport
-    if transport == "auto" and not reachable:
-        transport = "shared_memory"
+    host, transport = run.weights_host, run.weights_transport
     full_every = weights.full_every if transport == "http" else 1
     files = WeightFiles(run_directory, layout, full_every=full_every, pinned=pinned)
     group = None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
-from async_rl.listening import listen
+from async_rl.listening import LOOPBACK, listen
 from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded
 
 HERE, SUPERSEDED = "here", "superseded"
@@ -29,7 +29,6 @@ LANES = 2
 and even loopback outrun."""
 LATE_S = 5.0
 """After its deadline gloo should have given up by itself."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Group:

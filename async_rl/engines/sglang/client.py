@@ -18,6 +18,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
+from async_rl.engines.sglang.contract import TESTED
 from async_rl.errors import AsyncRLError
 
 LINE_BYTES = 1 << 26
@@ -55,6 +56,13 @@ class ServerInfo:
     max_input: int
     """Tokens of prompt it takes."""
     dp_size: int = 1
+
+    @property
+    def untested(self) -> str:
+        """What to tell of it where it is another version than this was written for; else nothing."""
+        if self.version == TESTED:
+            return ""
+        return f"is of version {self.version}; async_rl was written for and tested with {TESTED} (docs/sglang.md)"
 
 
 @dataclass(frozen=True, slots=True)

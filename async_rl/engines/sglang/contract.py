@@ -29,6 +29,8 @@ from async_rl.engines.protocol import Float32s, Int32s, Request
 from async_rl.errors import AsyncRLError
 from async_rl.wire.messages import VersionSpan, WeightsId
 
+TESTED = "0.5.23"
+"""The version of SGLang that all of this was written for and tested with."""
 RID_DIGITS = 16
 CONTEXT_RESERVE = 2
 """The server samples up to so many tokens less than the model's context holds."""

@@ -268,6 +268,8 @@ class Worker:
             await self._attach()
         self.client.empty = await self.client.weight_version() in (ASLEEP, EMPTY)
         info = await self.client.info()
+        if info.untested:
+            log.warning("SGLang server %s %s", self.client.url, info.untested)
         if info.max_input < self._max_input:
             raise ServerFailed(
                 f"SGLang server {self.client.url} takes prompts of {info.max_input} tokens, this recipe needs "
