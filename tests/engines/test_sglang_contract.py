@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -84,7 +85,9 @@ def test_what_does_not_add_up_is_refused() -> None:
         one.take(event([(-1.0, 11)], 2, finish_reason=LENGTH, weight_versions=versions))
 
 
-@pytest.mark.parametrize("version", ["default", "0.3", HALF, version_name(new_owner(), WeightsId(0, 3))])
+@pytest.mark.parametrize(
+    "version", ["default", "0.3", HALF, version_name(new_owner(), WeightsId(0, 3))], ids=itertools.count()
+)
 def test_weights_of_somebody_else_have_no_spans(version: str) -> None:
     one = piece()
     versions = [{"version": version, "start": 0, "end": 1}]
@@ -124,6 +127,7 @@ def test_versions_survive_the_server(lineage: int, version: int) -> None:
 @pytest.mark.parametrize(
     "text",
     ["default", "v0", "3", "", "a.1", "1.b", ".", "0.3", "a.0.3", f"{OWNER}.0", f"{OWNER}.0.3.1", ASLEEP, EMPTY, HALF],
+    ids=itertools.count(),
 )
 def test_what_is_not_a_version_of_ours(text: str) -> None:
     assert parse_version(text) is None
