@@ -144,6 +144,11 @@ class SGLang(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A pause of a server ends after so long, whatever was to happen in it."""
     start_s: float = 600.0
     """A server is up after so long, or it is an error."""
+    api_key_env: str = ""
+    """Name of the environment variable that holds what servers and router were told by --api-key; a recipe holds no
+    secrets."""
+    admin_api_key_env: str = ""
+    """The same for --admin-api-key, which guards pauses and weights; default: the same key."""
     stuck_s: float = 30.0
     """A server that somebody else has paused is resumed after so long."""
 

@@ -532,6 +532,8 @@ def test_attached_servers_are_asked_for(tmp_path: Path) -> None:
     sets = ["generator={engine='sglang', sglang={attach=['http://127.0.0.1:9'], start_s=0.1}}"]
     check = checks(recipes.load(SORT, sets), tmp_path)["numerics"]
     assert check.status == "warn" and "were not compared" in check.detail and "--attached" in check.detail
+    server = checks(recipes.load(SORT, sets), tmp_path)["server"]
+    assert server.status == "FAIL" and "attach = 'http://127.0.0.1:9': SGLang server" in server.detail
     found = {check.name: check for check in examine(recipes.load(SORT, sets), tmp_path, attached=True)}
     assert found["recipe"].status == "FAIL" and "attach = 'http://127.0.0.1:9': nothing" in found["recipe"].detail
 

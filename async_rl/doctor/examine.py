@@ -15,6 +15,7 @@ from async_rl.config import Run
 from async_rl.doctor import machine
 from async_rl.doctor.check import Check
 from async_rl.doctor.diagnosis import Observations, diagnose
+from async_rl.doctor.servers import servers
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError
 from async_rl.telemetry.exporters import check_exporters
@@ -55,6 +56,7 @@ def examine(run: Run | None, run_directory: Path, *, attached: bool = False) -> 
         run = settle(run)
         yield from _fits(run, run_directory)
         yield _environment(run)
+        yield from servers(run)
         yield from _numerics(run, run_directory, attached)
     except AsyncRLError as error:
         yield Check("recipe", "FAIL", str(error))

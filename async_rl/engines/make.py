@@ -14,6 +14,7 @@ from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Engine
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.installation import python_of
+from async_rl.engines.sglang.keys import keys_of
 from async_rl.engines.sglang.settings import InFlight, Settings
 from async_rl.listening import listen
 from async_rl.models.loading import SUPPORTED, load_tokenizer
@@ -55,6 +56,7 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
         scratch=files / "weights",
         attach=attach,
         router=server.router,
+        keys=keys_of(server),
         in_flight=in_flight,
         load_by=server.load_by,
         backend=server.backend,

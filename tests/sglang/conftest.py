@@ -20,7 +20,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from async_rl.engines.sglang.client import ServerError, SGLangClient
+from async_rl.engines.sglang.client import NO_KEYS, ServerError, SGLangClient
+from async_rl.engines.sglang.keys import Keys
 from async_rl.engines.sglang.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ class Server:
     line: list[str]
     url: str
     log: Path
+    keys: Keys = NO_KEYS
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Server:
 
         async def main() -> Any:
             async with aiohttp.ClientSession() as session:
-                return await body(SGLangClient(self.url, session))
+                return await body(SGLangClient(self.url, session, self.keys))
 
         return asyncio.run(main())
 
@@ -125,11 +127,11 @@ def start_server(model_directory: Path, tmp_path_factory: pytest.TempPathFactory
     """`start(*more)` starts a server, which ends with the session at the latest."""
     started: list[Server] = []
 
-    def start(*more: str) -> Server:
+    def start(*more: str, keys: Keys = NO_KEYS) -> Server:
         log = tmp_path_factory.mktemp("server") / "log"
         port = free_port()
         line = [part.replace("{port}", str(port)) for part in command(model_directory, *more)]
-        one = Server(line, f"http://127.0.0.1:{port}", log)
+        one = Server(line, f"http://127.0.0.1:{port}", log, keys)
         started.append(one)
         one.wait_up()
         return one

@@ -19,6 +19,7 @@ import aiohttp
 import msgspec
 
 from async_rl.engines.sglang.contract import TESTED
+from async_rl.engines.sglang.keys import Keys
 from async_rl.errors import AsyncRLError
 
 LINE_BYTES = 1 << 26
@@ -27,6 +28,12 @@ ANSWER_S = 30.0
 DONE = b"[DONE]"
 BUSY = (429, 502, 503, 504)
 """Status codes of a server or router that may take the call later."""
+DENIED = (401, 403)
+API_KEY, ADMIN_KEY = "generator.sglang.api_key_env", "generator.sglang.admin_api_key_env"
+"""What is not right where the status code is one of these, for what only asks or samples and for all the rest."""
+NO_REQUEST = "no request of anybody"
+"""No id begins so."""
+NO_KEYS = Keys()
 MEMORY = ["kv_cache", "weights"]
 PauseMode = Literal["retract", "in_place"]
 
@@ -44,6 +51,8 @@ class ServerRefused(ServerError):
 
     busy = False
     """It may do it later (429, 503)."""
+    denied = False
+    """It wants another key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +88,14 @@ class Load:
 class SGLangClient:
     """One server. Made and used on one event loop; the session belongs to whoever made it."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, keys: Keys = NO_KEYS) -> None:
         self.url = url.rstrip("/")
         self.pauses = 0
         """Leases (engines.sglang.lease) that keep it paused."""
         self.empty = False
         """It gave its memory back: it stays paused until it has weights again."""
         self._session = session
+        self._headers, self._admin_headers = _bearer(keys.api), _bearer(keys.admin)
 
     # --- sampling ---------------------------------------------------------------------------------------------
 
@@ -101,9 +111,11 @@ class SGLangClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=ANSWER_S)
         who = f"SGLang router {url}, generate" if url else f"SGLang server {self.url}, generate"
         try:
-            async with self._session.post(f"{url or self.url}/generate", json=body, timeout=timeout) as response:
+            async with self._session.post(
+                f"{url or self.url}/generate", json=body, timeout=timeout, headers=self._headers
+            ) as response:
                 if response.status != 200:
-                    raise await _refusal(who, response)
+                    raise await _refusal(who, response, API_KEY)
                 if not body["stream"]:
                     answer: Any = msgspec.json.decode(await response.read())
                     for event in answer if isinstance(answer, list) else [answer]:  # pyright: ignore[reportUnknownVariableType]
@@ -215,6 +227,10 @@ class SGLangClient:
         with contextlib.suppress(ServerRefused):
             await self._get("health", timeout_s)
 
+    async def ask_admin(self, timeout_s: float) -> None:
+        """Whether what changes the server may be called; changes nothing. Raises ServerError."""
+        await self._post("abort_request", {"rid": NO_REQUEST}, timeout_s)
+
     async def weight_version(self) -> str:
         return str((await self._get("model_info", ANSWER_S))["weight_version"])
 
@@ -244,13 +260,16 @@ class SGLangClient:
 
     async def _call(self, method: str, endpoint: str, body: Any, timeout_s: float) -> dict[str, Any]:
         who = f"SGLang server {self.url}, {endpoint}"
+        headers, field = self._headers, API_KEY
+        if method == "POST":
+            headers, field = self._admin_headers, ADMIN_KEY
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.request(method, f"{self.url}/{endpoint}", json=body) as response,
+                self._session.request(method, f"{self.url}/{endpoint}", json=body, headers=headers) as response,
             ):
                 if response.status != 200:
-                    raise await _refusal(who, response)
+                    raise await _refusal(who, response, field)
                 text = await response.read()
         except TimeoutError as error:
             raise ServerGone(f"{who}: no answer in {timeout_s:.0f} s") from error
@@ -262,9 +281,16 @@ class SGLangClient:
         return answer
 
 
-async def _refusal(who: str, response: aiohttp.ClientResponse) -> ServerRefused:
-    refused = ServerRefused(f"{who}: {await _reason(response)}")
-    refused.busy = response.status in BUSY
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _refusal(who: str, response: aiohttp.ClientResponse, key: str) -> ServerRefused:
+    """key: the field of a recipe that names the one that was sent."""
+    denied = response.status in DENIED
+    instead = f"; write in {key} the name of the environment variable that holds its key" if denied else ""
+    refused = ServerRefused(f"{who}: {await _reason(response)}{instead}")
+    refused.busy, refused.denied = response.status in BUSY, denied
     return refused
 
 

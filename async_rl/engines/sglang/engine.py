@@ -289,7 +289,7 @@ class SGLangEngine:
         settings = self._settings
 
         def client(url: str) -> SGLangClient:
-            return SGLangClient(url, session)
+            return SGLangClient(url, session, settings.keys)
 
         def weights(of: SGLangClient) -> ServerWeights:
             push = WeightPush(of, host=settings.host, backend=settings.backend, timeout_s=settings.timeout_s)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from async_rl.engines.sglang.client import ServerError, SGLangClient
+from async_rl.engines.sglang.client import ServerError, ServerRefused, SGLangClient
 from async_rl.errors import AsyncRLError
 
 PROBE_S = 0.5
@@ -81,7 +81,9 @@ class ServerProcess:
                     try:
                         await client.info()
                         return
-                    except ServerError:
+                    except ServerError as error:
+                        if isinstance(error, ServerRefused) and error.denied:
+                            raise ServerFailed(str(error)) from None
                         await asyncio.wait([exited], timeout=PROBE_S)
         except TimeoutError:
             raise ServerFailed(f"the SGLang server was not up after {timeout_s:.0f} s{self.see_log()}") from None

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from async_rl.engines.sglang.keys import Keys
+
 InFlight = Literal["recompute", "keep", "drain"]
 
 
@@ -32,6 +34,7 @@ class Settings:
     """Servers that run already."""
     router: str = ""
     """Requests go here, to be passed on to one of the servers in `attach`; everything else goes to each of them."""
+    keys: Keys = field(default_factory=Keys)
     in_flight: InFlight = "recompute"
     load_by: Literal["group", "disk"] = "group"
     backend: str = "gloo"

@@ -285,7 +285,8 @@ class Worker:
     async def _attach(self) -> None:
         """Until the server answers, and the router in front of it."""
         deadline = asyncio.get_running_loop().time() + self._start_s
-        await self._wait_answer(lambda: self.client.info(PROBE_ANSWER_S), "attach", self.client.url, deadline)
+        for ask in (self.client.info, self.client.ask_admin):
+            await self._wait_answer(lambda ask=ask: ask(PROBE_ANSWER_S), "attach", self.client.url, deadline)
         if (router := self._router) is not None:
             await self._wait_answer(lambda: router.be_there(PROBE_ANSWER_S), "router", router.url, deadline)
 
@@ -297,8 +298,10 @@ class Worker:
                 await ask()
                 return
             except ServerError as error:
+                failure = ServerFailed if self.restarted else UserError
+                if isinstance(error, ServerRefused) and error.denied:
+                    raise failure(str(error)) from None
                 if asyncio.get_running_loop().time() >= deadline:
-                    failure = ServerFailed if self.restarted else UserError
                     raise failure(
                         f"generator.sglang.{field} = {url!r}: nothing answered for {self._start_s:.0f} s ({error}); "
                         "write the URL of one that runs, or a larger generator.sglang.start_s"
