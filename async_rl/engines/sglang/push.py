@@ -96,7 +96,7 @@ class WeightPush:
         device = torch.device("cuda" if self._backend == "nccl" else "cpu")
         prefix = PrefixStore(f"{device.type}/", PrefixStore(f"{name}/", PrefixStore(name, store)))
         raw = connect(prefix, self._host, 0, size, device, self._timeout_s)
-        return Group(0, 0, [self._client.url], raw, device, self._timeout_s)
+        return Group(0, 0, [self._client.url], [raw], device, self._timeout_s)
 
     async def send(self, bucket: Bucket, *, version: str, flush: bool) -> None:
         """The server has loaded it when this returns.
