@@ -4,9 +4,9 @@ Where generation runs ahead, hardly any token is trained by the version that sam
 one version are kept, until a batch brings tokens that they sampled:
 
     step p                 copy what is trained to host memory, p
-    step p + 1, p + 2 ..   the first batch with enough tokens of version p: those weights take the place of today's for
-                           one forward pass over a sample of it, and leave again; weights change by no bit
-    step p + eta           the last chance: with few tokens, or with none
+    step p + 1, p + 2 ..   where the batch has tokens of version p, those weights take the place of today's for one
+                           forward pass over a sample of it, and leave again; weights change by no bit
+    step p + eta           at the latest, or once enough tokens were compared, they are dropped
 
 It costs a copy of the weights while one is kept, and a part of a forward pass; engine and wire take no part.
 """
@@ -32,9 +32,9 @@ from async_rl.learner.policy import PackedPolicy
 from async_rl.learner.sharding import local, spread
 
 ENOUGH_TOKENS = 256
-"""Of the kept version in a batch."""
+"""Of one version."""
 SAMPLE_TOKENS = 1024
-"""All ranks together score about so many of them."""
+"""All ranks together score about so many in a step."""
 
 
 class FormerWeights:
@@ -47,6 +47,8 @@ class FormerWeights:
         self._kept: list[Tensor] = []
         """Of the trained parameters in order, this rank's rows, on the host; empty: none are kept."""
         self._version = self._next = 0
+        self._found = 0
+        """Tokens of that version so far."""
 
     def __call__(self, step: StepBatch, abandon: Callable[[], bool]) -> dict[str, float]:
         """At the start of a step. Sums as of `mismatch_sums` with one lag; empty where nothing was compared.
@@ -60,13 +62,13 @@ class FormerWeights:
         return sums
 
     def _compared(self, step: StepBatch, abandon: Callable[[], bool]) -> dict[str, float]:
-        """Afterwards the weights are no longer kept, unless a later step may bring more tokens of them."""
+        """Afterwards the weights are no longer kept, unless more tokens of them are wanted and may come."""
         tokens_N = _unmixed_tokens(step, self._version)
         found = int(tokens_N.sum())
-        if found < ENOUGH_TOKENS and step.version < self._version + self._eta:
-            return {}
         sums = self._score(step, tokens_N, abandon) if found else {}
-        self._kept = []
+        self._found += found
+        if self._found >= ENOUGH_TOKENS or step.version >= self._version + self._eta:
+            self._kept = []
         return sums
 
     def _keep(self, step: StepBatch) -> None:
@@ -74,7 +76,8 @@ class FormerWeights:
         if self._every == 0 or self._eta == 0 or step.version < self._next:
             return
         self._version, self._next = step.version, step.version + self._every
-        if _unmixed_tokens(step, step.version).sum() < ENOUGH_TOKENS:
+        self._found = int(_unmixed_tokens(step, step.version).sum())
+        if self._found < ENOUGH_TOKENS:
             self._kept = [mine.to("cpu", copy=True) for mine in self._trained()]
 
     @torch.no_grad()

@@ -101,14 +101,14 @@ def test_no_token_no_number(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def batches(steps: int, plan: list[list[list[int]]] | None = None) -> list[MicroBatches]:
-    """Step k holds tokens of versions k and k - 1. Too few for more than the last chance, which eta = 1 brings."""
+    """Step k holds tokens of versions k and k - 1, far fewer than are enough."""
     return [message(ragged_rollouts(seed=3 + k, version=k), plan, step=k, version=k) for k in range(steps)]
 
 
-def run_of(**learner: Any) -> Run:
+def run_of(eta: int = 1, **learner: Any) -> Run:
     # Adam divides a gradient of about nothing by about nothing: eps keeps rounding from deciding
     optimizer = Optimizer(learning_rate=1e-2, clip_norm=0.0, eps=1e-4)
-    return tiny_run(learner=LearnerConfig(**learner), staleness=Staleness(max_staleness=1), optimizer=optimizer)
+    return tiny_run(learner=LearnerConfig(**learner), staleness=Staleness(max_staleness=eta), optimizer=optimizer)
 
 
 def gaps(learner: Learner, batch: MicroBatches, version: int) -> np.ndarray[Any, Any]:
@@ -136,6 +136,23 @@ def test_tokens_are_scored_under_the_weights_that_sampled_them(ranks: Ranks, tmp
     metrics = learner.train(third)
     assert metrics["equal_version_tokens"] == metrics["mismatch_lag_0_tokens"], "version 1 was not kept, 2 is"
     assert learner._step._former._version == 2 and learner._step._former._kept
+
+
+def test_small_batches_are_compared_too(ranks: Ranks, tmp_path: Path) -> None:
+    """Whenever there are tokens of the version, until they were enough or can no longer come."""
+    learner = Learner(run_of(eta=3, mismatch_steps=1), tmp_path, ranks)
+    late = message(ragged_rollouts(seed=9, version=1), step=2, version=2)
+    none = message(ragged_rollouts(seed=9, version=4), step=3, version=4)
+    former = gaps(learner, late, version=0)
+    first, second, *_ = batches(2)
+    for batch in (first, second):
+        metrics = learner.train(batch)
+    assert metrics["equal_version_tokens"] > metrics["mismatch_lag_0_tokens"] > 0
+    metrics = learner.train(late)
+    assert metrics["equal_version_tokens"] == len(former) > 0 and "mismatch_lag_0_tokens" not in metrics
+    assert metrics["equal_version_gap"] == pytest.approx(former.mean(), rel=1e-5)
+    learner.train(none)
+    assert learner._step._former._version == 4, "eta versions later others are kept"
 
 
 def test_nothing_else_changes_by_a_bit(ranks: Ranks, tmp_path: Path) -> None:
