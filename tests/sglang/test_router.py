@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,17 @@ from typing import Any
 import pytest
 from engine_cases import request
 
+from async_rl.engines.sglang import worker
+from async_rl.engines.sglang.client import Load, SGLangClient
 from async_rl.engines.sglang.server import free_port
+from async_rl.engines.sglang.update import ServerWeights
 from async_rl.errors import UserError
 
 from .conftest import CPU_ENVIRONMENT, PYTHON, START_S, Server
 from .sglang_cases import drifting, make_engine, running, snapshot
 
 ROUTER_S = 60.0
+LOOKS = 20
 
 
 @contextmanager
@@ -106,27 +111,53 @@ def test_two_servers_behind_a_router(router: tuple[str, list[Server]], tmp_path:
 
 @pytest.mark.timeout(200)
 def test_one_of_two_behind_a_router_is_killed_and_comes_back(
-    router: tuple[str, list[Server]], tmp_path: Path, models: dict[int, Any], caplog: pytest.LogCaptureFixture
+    server: Server,
+    another: Server,
+    tmp_path: Path,
+    models: dict[int, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Everything waits until it has our weights: nothing is sampled with those that it starts with."""
-    url, servers = router
+    """It answers, and lacks our weights until the engine has looked at the other one LOOKS times. The router knows no
+    difference: so everything waits, and nothing is sampled with the weights that it starts with."""
+    load, look, came, gate, looks = ServerWeights.load, SGLangClient.load, threading.Event(), threading.Event(), 0
+    gate.set()
 
-    async def main() -> None:
-        engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12, start_s=START_S)
+    async def load_late(weights: Any, *arguments: Any, **options: Any) -> Any:
+        if weights._client.url == another.url:
+            await asyncio.to_thread(gate.wait)
+        return await load(weights, *arguments, **options)
+
+    async def count(client: SGLangClient, timeout_s: float = 30.0) -> Load:
+        nonlocal looks
+        looks += came.is_set() and client.url == server.url
+        if looks == LOOKS:
+            gate.set()
+        return await look(client, timeout_s)
+
+    async def main(url: str) -> None:
+        attach = [server.url, another.url]
+        engine = make_engine(tmp_path, attach=attach, router=url, slots=12, start_s=START_S)
         async with running(engine, 190) as feed:
             await engine.load_weights(snapshot(models, 0))
             feed.submit(24)
             await feed.grow()
-            await asyncio.to_thread(servers[1].kill)
-            servers[1].start()
-            await asyncio.to_thread(servers[1].wait_up)
+            gate.clear()
+            await asyncio.to_thread(another.kill)
+            another.start()
+            await asyncio.to_thread(another.wait_up)
             feed.submit(24)
+            came.set()
             await feed.finish()
             feed.check(models)
             assert engine.gauges()["restarts"] == 1
 
-    asyncio.run(main())
-    assert f"SGLang server {servers[1].url} is gone" in caplog.text
+    monkeypatch.setattr(worker, "PROBE_S", 0.1)
+    monkeypatch.setattr(ServerWeights, "load", load_late)
+    monkeypatch.setattr(SGLangClient, "load", count)
+    with routing([server, another], tmp_path / "router.log", "--disable-circuit-breaker") as url:
+        asyncio.run(main(url))
+    assert f"SGLang server {another.url} is gone" in caplog.text
     assert "which are not ours" not in caplog.text
 
 

@@ -34,6 +34,8 @@ API_KEY, ADMIN_KEY = "generator.sglang.api_key_env", "generator.sglang.admin_api
 NO_REQUEST = "no request of anybody"
 """No id begins so."""
 NO_KEYS = Keys()
+UNREACHED = 500
+"""What a router answers whose server broke off, or is not there."""
 MEMORY = ["kv_cache", "weights"]
 PauseMode = Literal["retract", "in_place"]
 
@@ -115,7 +117,10 @@ class SGLangClient:
                 f"{url or self.url}/generate", json=body, timeout=timeout, headers=self._headers
             ) as response:
                 if response.status != 200:
-                    raise await _refusal(who, response, API_KEY)
+                    refusal = await _refusal(who, response, API_KEY)
+                    if url and response.status == UNREACHED:
+                        raise ServerGone(str(refusal))
+                    raise refusal
                 if not body["stream"]:
                     answer: Any = msgspec.json.decode(await response.read())
                     for event in answer if isinstance(answer, list) else [answer]:  # pyright: ignore[reportUnknownVariableType]
