@@ -133,7 +133,7 @@ TEACHER = {"teacher": "a"}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"learner": {"lora": {"rank": 4}}}, "learner.lora = {'rank': 4, .*a stage trains all weights: leave it"),
     ("sft", {"learner": {"ranks": 2}}, "learner.ranks = 2: leave it out: a stage runs on as many ranks as torchrun"),
-    ("sft", {"report_to": ["mlflow"]}, r"report_to\[0\] = 'mlflow': invalid enum value"),
+    ("sft", {"report_to": ["mlflow"]}, r"report_to\[0\] = 'mlflow': write tensorboard, wandb or trackio"),
     ("sft", {"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best = 1: set stage.heldout or stage.heldout_rows, or"),
     ("sft", {"checkpoint": {"keep_best": -1}}, "checkpoint.keep_best = -1: write 0 or more"),
     ("sft", {"checkpoint": {"keep_best": 1, "every_steps": 6}, "stage": {"heldout_rows": 1, "evaluate_every": 4}},
