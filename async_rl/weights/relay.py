@@ -69,7 +69,13 @@ class Relay:
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def _stop(self) -> None:
+        server = self._runner.server
+        transports = [] if server is None else [connection.transport for connection in server.connections]
         await self._runner.cleanup()
+        for transport in transports:
+            if transport is not None:
+                transport.abort()  # one whose reader has stopped reading would never be closed
+        await asyncio.sleep(0)  # they close in the next turn of the loop
 
     @web.middleware
     async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:

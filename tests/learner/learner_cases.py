@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from async_rl.config import Algorithm, Environment, Model, Optimizer, Run, TinyModel
+from async_rl.config import Learner as LearnerConfig
 from async_rl.config import Rollout as RolloutConfig
 from async_rl.learner.scalar import PackedScalar
 from async_rl.models.loading import build_model, load_tokenizer
@@ -19,7 +20,7 @@ VOCABULARY = 14
 
 
 def tiny_run(**sections: Any) -> Run:
-    """Clipping off, so that `parameter.grad` after a step is the gradient of the loss."""
+    """Clipping off, so that `parameter.grad` after a step is the gradient of the loss. Nothing is computed beside."""
     run = Run(
         steps=10,
         model=Model(tiny=TinyModel(characters="0123456789=", hidden_size=32, heads=4, kv_heads=2)),
@@ -27,6 +28,7 @@ def tiny_run(**sections: Any) -> Run:
         rollout=RolloutConfig(groups_per_step=4, group_size=4, max_new_tokens=8),
         optimizer=Optimizer(learning_rate=1e-2, clip_norm=0.0),
         algorithm=Algorithm(options={"veto": None, "guard_low": 0.7}),
+        learner=LearnerConfig(mismatch_steps=0),
     )
     return msgspec.structs.replace(run, **sections)
 

@@ -120,7 +120,7 @@ def train_with_others(rank: int, directory: str, run: Run) -> Any:
 def test_two_ranks_equal_one(ranks: Ranks, tmp_path: Path, sharding: Any, preset: str) -> None:
     """Also where a rank has a micro-batch without anything to train on."""
     run = everything(tmp_path / "models", preset)
-    shared = msgspec.structs.replace(run, learner=LearnerConfig(sharding=sharding, ranks=2))
+    shared = msgspec.structs.replace(run, learner=LearnerConfig(sharding=sharding, ranks=2, mismatch_steps=0))
     (rows, found, mine, kl_coef), other = in_ranks(2, train_with_others, str(tmp_path / "two"), shared)
     assert other[-1] == kl_coef, "every rank has the same, to the last bit"
     for name in ("policy/", "critic/model.", "reference/"):

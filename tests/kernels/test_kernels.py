@@ -1,4 +1,4 @@
-"""The kernels of a decode step, in Triton's interpreter: no GPU, but Triton, which `make test` installs on Linux. Its
+"""The kernels of a decode step, in Triton's interpreter: no GPU, but Triton, which `make test-kernels` installs. Its
 matrix products do not know bfloat16, so this is float32."""
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 import numpy as np
 import pytest
 import torch
-from engine_cases import configs, finish, make_batcher, make_model, prompts, request, run, swap
+
+from ..engines.engine_cases import configs, finish, make_batcher, make_model, prompts, request, run, swap
 
 pytest.importorskip("triton")
 
