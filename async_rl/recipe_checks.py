@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter
 
 from async_rl.config import Optimizer, Run, SGLang
@@ -69,7 +70,7 @@ NOT_NEGATIVE = (
 
 def check(run: Run) -> None:
     """Raises UserError."""
-    _signs(run)
+    check_signs(run, positive=POSITIVE, not_negative=NOT_NEGATIVE)
     _addresses(run)
     _model(run)
     _learner(run)
@@ -86,12 +87,13 @@ def demand(holds: bool, field: str, value: object, instead: str) -> None:
         raise UserError(f"{field} = {value!r}: {instead}")
 
 
-def _signs(run: Run) -> None:
-    for field in POSITIVE:
-        value = attrgetter(field)(run)
+def check_signs(recipe: object, *, positive: Iterable[str], not_negative: Iterable[str]) -> None:
+    """Fields by their dotted names; one that is None is left out. Raises UserError."""
+    for field in positive:
+        value = attrgetter(field)(recipe)
         demand(value is None or value > 0, field, value, "write a number above 0")
-    for field in NOT_NEGATIVE:
-        value = attrgetter(field)(run)
+    for field in not_negative:
+        value = attrgetter(field)(recipe)
         demand(value is None or value >= 0, field, value, "write 0 or more")
 
 

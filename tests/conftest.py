@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 Main = Coroutine[Any, Any, Any]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has imported torch yet; child processes inherit it
-if not os.path.exists("/dev/nvidiactl"):  # Triton's own functions are interpreted only if it knows when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A suite that was started in the background of a script inherits an ignored SIGINT, and so would all it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,7 @@ import msgspec
 
 from async_rl.config import Model
 from async_rl.errors import UserError
-from async_rl.recipe_checks import check_optimizer, demand
+from async_rl.recipe_checks import check_optimizer, check_signs, demand
 from async_rl.stages.config import Kind, Stage, StageRecipe
 
 POSITIVE = (
@@ -58,12 +58,7 @@ SAMPLING = ("engine", "count", "queued_rollouts", "sglang")
 
 def check(recipe: StageRecipe) -> None:
     """Raises UserError."""
-    for field in POSITIVE:
-        value = attrgetter(field)(recipe)
-        demand(value is None or value > 0, field, value, "write a number above 0")
-    for field in NOT_NEGATIVE:
-        value = attrgetter(field)(recipe)
-        demand(value is None or value >= 0, field, value, "write 0 or more")
+    check_signs(recipe, positive=POSITIVE, not_negative=NOT_NEGATIVE)
     smoothing, alpha = recipe.preference.label_smoothing, recipe.merge.alpha
     demand(0 <= smoothing < 0.5, "preference.label_smoothing", smoothing, "write a share from 0 to below 0.5")
     demand(0 <= alpha <= 1, "merge.alpha", alpha, "write a number from 0 to 1")

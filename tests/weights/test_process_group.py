@@ -191,6 +191,18 @@ def test_a_store_that_is_gone_holds_up_nobody() -> None:
             forming.result()
 
 
+async def superseded(learner: Learner, end: Receiver, waiting: asyncio.Task[None]) -> None:
+    """A newer group ends what waits for the older one, and weights arrive in it."""
+    newer = asyncio.create_task(end.regroup(learner.group(2, "generator-0")))
+    with pytest.raises(GroupSuperseded):
+        await waiting
+    await newer
+    learner.publish(5)
+    snapshot = await end.fetch(learner.outbox.announcement())
+    assert holds(snapshot, SMALL, 5)
+    end.close()
+
+
 def test_a_newer_group_ends_the_roll_call_of_the_older_one(tmp_path: Path) -> None:
     learner = Learner(tmp_path, SMALL, timeout_s=60)
 
@@ -198,14 +210,7 @@ def test_a_newer_group_ends_the_roll_call_of_the_older_one(tmp_path: Path) -> No
         end = Receiver(SMALL, ProcessGroupReceiver("generator-0", SMALL, timeout_s=60))
         waiting = asyncio.create_task(end.regroup(learner.group(1, "generator-0", "never")))
         await asyncio.sleep(0)
-        newer = asyncio.create_task(end.regroup(learner.group(2, "generator-0")))
-        with pytest.raises(GroupSuperseded):
-            await waiting
-        await newer
-        learner.publish(5)
-        snapshot = await end.fetch(learner.outbox.announcement())
-        assert holds(snapshot, SMALL, 5)
-        end.close()
+        await superseded(learner, end, waiting)
 
     started = time.monotonic()
     asyncio.run(main())
@@ -228,14 +233,7 @@ def test_a_newer_group_ends_the_connecting_of_the_older_one(tmp_path: Path) -> N
         await asyncio.to_thread(store.wait, ["weights/1/1"])
         store.compare_set("weights/1/2", "", HERE)
         await asyncio.to_thread(store.wait, ["weights/1/lane/0/0/0", "weights/1/lane/0/0/1"])  # gloo is on its way
-        newer = asyncio.create_task(end.regroup(learner.group(2, "generator-0")))
-        with pytest.raises(GroupSuperseded):
-            await waiting
-        await newer
-        learner.publish(5)
-        snapshot = await end.fetch(learner.outbox.announcement())
-        assert holds(snapshot, SMALL, 5)
-        end.close()
+        await superseded(learner, end, waiting)
 
     asyncio.run(main())
     learner.publisher.close()
