@@ -110,7 +110,7 @@ class WeightFiles:
         """Complete it, once; all but the newest two may be overwritten. checksums: of the buckets, where known.
 
         Raises:
-            WeightsError: it cannot be given its name.
+            WeightsError: it cannot be given its name, now or ever.
         """
         if draft.file is not None:
             return draft.file

@@ -40,6 +40,7 @@ class Slot:
         self.path = directory / f"{PARTIAL}slot-{number}"
         self.taken = False
         """It is being written, or has to stay as it is."""
+        self._pinned = False
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(self._descriptor, 0, nbytes)
@@ -51,6 +52,11 @@ class Slot:
         """[nbytes], of the file itself"""
         self._pinned = pinned and _pin(self.data)
 
+    @property
+    def gone(self) -> bool:
+        """Somebody removed it: it cannot be given a name any more."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
     def begin(self) -> bool:
         """For writing, if nobody reads it: then it has no final name until `finish`."""
         try:
@@ -58,8 +64,7 @@ class Slot:
         except BlockingIOError:
             return False
         partial = self.path.with_name(f"{PARTIAL}{self.path.name.removeprefix(PARTIAL)}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(partial)
+        self.path.rename(partial)
         self.path = partial
         return True
 
@@ -91,6 +96,8 @@ class Slots:
 
         Raises OSError: no room.
         """
+        for slot in [slot for slot in self._all if not slot.taken and slot.gone]:
+            self.drop(slot)
         idle = [slot for slot in self._all if not slot.taken and slot.begin()]
         for slot in idle[1 + SPARE :]:
             self.drop(slot)
@@ -103,8 +110,10 @@ class Slots:
         slot.taken = False
 
     def drop(self, slot: Slot) -> None:
-        self._all.remove(slot)
-        slot.drop()
+        """Nothing to do where it was dropped before."""
+        if slot in self._all:
+            self._all.remove(slot)
+            slot.drop()
 
     def close(self) -> None:
         for slot in self._all:

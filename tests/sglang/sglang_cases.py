@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from engine_cases import VOCABULARY, assert_covers, configs, make_model, recompute, request
 
 from async_rl.engines.protocol import Chunk, Request, Snapshot
+from async_rl.engines.sglang.client import SGLangClient
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.settings import Settings
 from async_rl.models.parameters import Layout
@@ -140,6 +141,17 @@ async def running(engine: SGLangEngine, seconds: float = 120, **options: Any) ->
 
 def snapshot(models: Mapping[int, Any], version: int) -> Snapshot:
     return Snapshot(WeightsId(0, version), {n: p.detach() for n, p in models[version].named_parameters()})
+
+
+def meddle(directory: Path) -> Callable[[SGLangClient], Awaitable[None]]:
+    """Somebody else loads the weights of a directory into a server: `server.run(meddle(directory))`."""
+
+    async def load(client: SGLangClient) -> None:
+        await client.pause("retract")
+        await client.load_from_disk(str(directory), "somebody-else", 60, flush=True)
+        await client.resume()
+
+    return load
 
 
 def drifting(count: int) -> dict[int, Any]:

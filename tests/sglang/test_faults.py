@@ -15,7 +15,7 @@ from async_rl.errors import UserError
 from async_rl.wire.messages import WeightsId
 
 from .conftest import CPU_ENVIRONMENT, START_S, Server, command
-from .sglang_cases import make_engine, running, snapshot
+from .sglang_cases import make_engine, meddle, running, snapshot
 
 
 def test_a_server_that_somebody_else_paused_is_resumed(
@@ -41,18 +41,13 @@ def test_weights_that_somebody_else_loaded_are_replaced(
 ) -> None:
     """What was sampled by them is thrown away and sampled again."""
 
-    async def meddle(client: Any) -> None:
-        await client.pause("retract")
-        await client.load_from_disk(str(model_directory), "somebody-else", 60, flush=True)
-        await client.resume()
-
     async def main() -> None:
         engine = make_engine(tmp_path, attach=[server.url])
         async with running(engine) as feed:
             await engine.load_weights(snapshot(models, 0))
             feed.submit(24)
             await feed.grow()
-            await asyncio.to_thread(server.run, meddle)
+            await asyncio.to_thread(server.run, meddle(model_directory))
             await feed.finish()
             feed.check(models)
             found = await asyncio.to_thread(server.run, lambda client: client.weight_version())

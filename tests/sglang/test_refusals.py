@@ -16,7 +16,7 @@ from async_rl.engines.sglang.update import ServerBroken
 from async_rl.weights.errors import WeightsError
 
 from .conftest import Server
-from .sglang_cases import Feed, make_engine, running, snapshot
+from .sglang_cases import Feed, make_engine, meddle, running, snapshot
 
 
 async def old_weights_stay(engine: SGLangEngine, feed: Feed, models: dict[int, Any], message: str) -> None:
@@ -29,6 +29,13 @@ async def old_weights_stay(engine: SGLangEngine, feed: Feed, models: dict[int, A
     feed.submit(8)
     await feed.finish()
     assert {span.version for chunks in feed.chunks.values() for chunk in chunks for span in chunk.spans} == {0}
+
+
+async def new_weights_come(engine: SGLangEngine, feed: Feed, models: dict[int, Any]) -> None:
+    await engine.load_weights(snapshot(models, 2))
+    feed.submit(4)
+    await feed.finish()
+    feed.check(models)
 
 
 def test_a_weight_group_that_is_refused(
@@ -51,10 +58,7 @@ def test_a_weight_group_that_is_refused(
             monkeypatch.setattr(SGLangClient, "init_group", of_no_kind)
             await old_weights_stay(engine, feed, models, r"init_weights_update_group: 400 .*no-such-backend")
             monkeypatch.setattr(SGLangClient, "init_group", real)
-            await engine.load_weights(snapshot(models, 2))
-            feed.submit(4)
-            await feed.finish()
-            feed.check(models)
+            await new_weights_come(engine, feed, models)
 
     asyncio.run(main())
 
@@ -83,10 +87,7 @@ def test_a_pause_that_ends_before_the_first_bucket(
                 patched.setattr(PauseLease, "_expire", expires)
                 patched.setattr(SGLangClient, "begin_update", begins_late)
                 await old_weights_stay(engine, feed, models, r"resumed after 0.5 s of pause .*pause_s")
-            await engine.load_weights(snapshot(models, 2))
-            feed.submit(4)
-            await feed.finish()
-            feed.check(models)
+            await new_weights_come(engine, feed, models)
 
     asyncio.run(main())
 
@@ -101,11 +102,6 @@ def test_a_server_that_refuses_the_weights_it_lacks_is_asked_again(
 ) -> None:
     """Somebody else loads weights; ours are refused so often that it counts as lost once, and are taken then."""
     begin, left = SGLangClient.begin_update, 4
-
-    async def meddle(client: Any) -> None:
-        await client.pause("retract")
-        await client.load_from_disk(str(model_directory), "somebody-else", 60, flush=True)
-        await client.resume()
 
     async def of_no_kind(client: Any) -> None:
         nonlocal left
@@ -122,7 +118,7 @@ def test_a_server_that_refuses_the_weights_it_lacks_is_asked_again(
             feed.submit(24)
             await feed.grow()
             monkeypatch.setattr(SGLangClient, "begin_update", of_no_kind)
-            await asyncio.to_thread(server.run, meddle)
+            await asyncio.to_thread(server.run, meddle(model_directory))
             await feed.finish()
             feed.check(models)
             assert engine.gauges()["restarts"] == 1

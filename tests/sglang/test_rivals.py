@@ -15,7 +15,7 @@ from async_rl.errors import UserError
 from async_rl.wire.messages import WeightsId
 
 from .conftest import Server
-from .sglang_cases import make_engine, running, snapshot
+from .sglang_cases import make_engine, meddle, running, snapshot
 
 
 def test_two_runs_at_one_server(
@@ -59,16 +59,11 @@ def test_nothing_of_a_cache_that_foreign_weights_wrote_is_used(
     name of ours with the weights of somebody else, before we notice."""
     monkeypatch.setattr(worker, "PROBE_S", 600.0)
 
-    async def meddle(client: Any) -> None:
-        await client.pause("retract")
-        await client.load_from_disk(str(model_directory), "somebody-else", 60, flush=True)
-        await client.resume()
-
     async def main() -> None:
         engine = make_engine(tmp_path, attach=[server.url], in_flight="keep")
         async with running(engine) as feed:
             await engine.load_weights(snapshot(models, 0))
-            await asyncio.to_thread(server.run, meddle)
+            await asyncio.to_thread(server.run, meddle(model_directory))
             feed.requests[0] = request(0, tuple(range(1, 49)), 16)
             engine.submit([feed.requests[0]])
             await feed.finish()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -173,6 +175,39 @@ def test_nowhere_to_write_is_a_weights_error(tmp_path: Path) -> None:
     publisher.publish(WeightsId(1, 2), writer(SMALL, 2))  # training goes on
     assert outbox.failure().weights == WeightsId(1, 2)
     publisher.close()
+
+
+def test_files_that_somebody_removes_cost_one_version(tmp_path: Path) -> None:
+    """Which cannot be given its name, however often it is sent; the next one has a file of its own."""
+    outbox = Outbox()
+    files = WeightFiles(tmp_path, SMALL)
+    sender = Distribution(files, mapped=True)
+    for version in range(4):
+        sent(sender, version)
+    directory = memory_directory(tmp_path)
+    assert directory is not None
+    draft = drafted(sender, packed(SMALL, 4))
+    shutil.rmtree(directory)
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"weights 1\.4 could not be written: .*No such file"):
+            sender.send(WeightsId(1, 4), draft, outbox.announced.put)
+    assert outbox.announced.empty()
+    for version in range(5, 9):
+        assert holds(fetch(sent(sender, version), SMALL), SMALL, version)
+    sender.close()
+
+
+def test_a_file_that_may_not_be_so_large_is_a_weights_error(tmp_path: Path) -> None:
+    """There would be room; what the system says only when it is taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = WeightFiles(tmp_path, SMALL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(WeightsError, match=r"there is no room for the next weights: .*File too large"):
+            files.draft()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    files.close()
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
