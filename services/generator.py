@@ -48,6 +48,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
         timeout_s=run.environment.timeout_s,
         run_host=on_thread,
         colocated=run.colocated,
+        dtype=run.generator.dtype,
     )
     parent.ready()
     try:

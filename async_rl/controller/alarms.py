@@ -26,6 +26,15 @@ class Alarms:
         self.lengths: Row | None = None
         """Of the newest complete cohort."""
 
+    @property
+    def mismatch_limit(self) -> float:
+        """Nats that engine and learner may be apart on average under the same weights."""
+        return self._mismatch.limits.mean
+
+    def computes(self, role: str, name: str, dtype: str) -> None:
+        """A process said in which dtype it computes log-probs."""
+        self._mismatch.computes(role, name, dtype)
+
     def composed(self) -> None:
         """A step has its rollouts."""
         self._filtered = 0

@@ -542,6 +542,7 @@ class Controller:
             return
         peer = self._generators.hello(peer_id, hello.name, hello.machine)
         peer.weights = peer.counted = hello.weights
+        self._alarms.computes("generator", hello.name, hello.dtype)
         self._rollouts.send(peer_id, HelloAck(f"{hello.name}/{hello.pid}"))
         self._weights.joined(peer)
         if self._turns is not None:
@@ -589,6 +590,7 @@ class Controller:
         version = hello.weights.version if hello.weights is not None else 0
         self._learner, self._requested = None, None
         self._weights.learner(hello.weights_store, hello.machine)
+        self._alarms.computes("learner", hello.name, hello.dtype)
         self.version = version
         self._composer.attention_share = hello.attention_share
         self._recover(version)
@@ -663,6 +665,7 @@ class Controller:
         in_window = sum(row["tokens"] for row in rows if row["epoch"] == self.ledger.run.epoch) + tokens
         return {
             **done.metrics,
+            "equal_version_limit": self._alarms.mismatch_limit,
             "step": done.step,
             "version": self.version,
             "lineage": done.weights.lineage,

@@ -95,6 +95,7 @@ class LearnerService:
             weights_store=self._publisher.store,
             attention_share=learner.attention_share,
             machine=machine(),
+            dtype=self._config.learner.dtype,
         )
         self._transport.send(hello)
         async with asyncio.TaskGroup() as self._tasks:

@@ -86,6 +86,7 @@ class RolloutWorker:
             this process.
         run_host: how the host runs; returns when it is closed, raises what it raises.
         colocated: the engine shares its device with the learner, and starts off it.
+        dtype: in which the engine computes, settled (models.precision).
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class RolloutWorker:
         timeout_s: float,
         run_host: HostRunner,
         colocated: bool = False,
+        dtype: str = "",
     ) -> None:
         self._name, self._transport, self._engine, self._receiver = name, transport, engine, receiver
-        self._credit, self._run_host = credit, run_host
+        self._credit, self._run_host, self._dtype = credit, run_host, dtype
         self._loop = asyncio.get_running_loop()
         self.host = EpisodeHost(
             environment,
@@ -146,8 +148,8 @@ class RolloutWorker:
         """Returns why it ended; `restart` is set where only a new process can go on. Raises what the engine, the host
         or the wire raise."""
         self._engine.start(self.host.deliver_threadsafe)
-        live = self._engine.weights
-        self._transport.send(Hello("generator", self._name, os.getpid(), weights=live, machine=machine()))
+        pid, live = os.getpid(), self._engine.weights
+        self._transport.send(Hello("generator", self._name, pid, weights=live, machine=machine(), dtype=self._dtype))
         self._send_credit()
         try:
             await self._run()

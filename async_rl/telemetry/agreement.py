@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from async_rl.config import Run
 
 
 class Limits(NamedTuple):
@@ -22,6 +25,12 @@ LIMITS = {"float32": Limits(1e-3, 1e-5), "bfloat16": Limits(0.06, 5e-3)}
 
 
 def limits(*dtypes: str) -> Limits:
-    """By the coarsest of these. `auto`, which each process decides for itself, may be bfloat16."""
+    """By the coarsest of these. `auto` may be bfloat16, until each process has said what it is on its machine."""
     found = [LIMITS["bfloat16" if dtype == "auto" else dtype] for dtype in dtypes]
     return Limits(max(one.mean for one in found), max(one.k3 for one in found))
+
+
+def limit_of(rows: Sequence[dict[str, Any]], run: Run) -> float:
+    """Nats on average, as of the newest step of a run."""
+    known = rows[-1].get("equal_version_limit") if rows else None
+    return limits(run.generator.dtype, run.learner.dtype).mean if known is None else known

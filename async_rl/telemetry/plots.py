@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from async_rl.config import Run
 from async_rl.errors import require
-from async_rl.telemetry.agreement import limits
+from async_rl.telemetry.agreement import limit_of
 from async_rl.telemetry.journal import EvalSummary, Row
 from async_rl.telemetry.usage import BUSY
 
@@ -267,7 +267,7 @@ def _health(rows: Sequence[Row], run: Run) -> list[Plot | None]:
 
 def _mismatch(rows: Sequence[Row], run: Run) -> Plot | None:
     """Engine and learner, by lag and under the same weights, which those of lag 0 are."""
-    limit = limits(run.generator.dtype, run.learner.dtype).mean
+    limit = limit_of(rows, run)
     lags = range(1, run.staleness.max_staleness + 1)
     seen = np.array([lag for lag in lags if any(f"mismatch_lag_{lag}_abs" in row for row in rows)], np.int64)
     shown: list[int] = [int(part[0]) for part in np.array_split(seen, LAG_BANDS) if len(part)]

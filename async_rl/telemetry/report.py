@@ -25,7 +25,7 @@ from async_rl.config import Model, Run
 from async_rl.errors import LedgerCorrupt, MissingExtra, UserError
 from async_rl.ledger import inspection
 from async_rl.telemetry import plots, samples
-from async_rl.telemetry.agreement import limits
+from async_rl.telemetry.agreement import limit_of
 from async_rl.telemetry.files import write_atomically
 from async_rl.telemetry.journal import EDGE_STEPS, EvalSummary, Row, summarise
 from async_rl.telemetry.plots import Plot
@@ -235,7 +235,7 @@ def _agreement(rows: Sequence[Row], run: Run) -> list[tuple[str, str]]:
         return []
     tokens = sum(row["equal_version_tokens"] for row in compared)
     gap = sum(row["equal_version_tokens"] * row["equal_version_gap"] for row in compared) / tokens
-    limit = limits(run.generator.dtype, run.learner.dtype).mean
+    limit = limit_of(rows, run)
     said = f"{gap:.2g} nats apart on average over {tokens:,.0f} tokens (limit {limit:g})"
     return [("log-probs of engine and learner under the same weights", said)]
 

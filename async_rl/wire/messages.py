@@ -119,6 +119,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     """Learner only: L tokens of one sequence cost L + attention_share * L^2; micro-batches are balanced by it."""
     machine: str = ""
     """Peers of equal names share memory."""
+    dtype: str = ""
+    """It computes log-probs in: what `auto` is on its machine."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

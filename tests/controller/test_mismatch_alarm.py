@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from schedules import recipe
+from wires import Wires
 
 from async_rl.controller.alarms import Alarms
 
@@ -53,3 +55,33 @@ def test_limits_of_float32(gap: float, k3: float, alarm: bool) -> None:
 def test_rounding_to_bfloat16_is_no_alarm(role: str, dtype: str) -> None:
     assert heard(*[(500.0, (0.04, 2e-3))] * 3, **{role: {"dtype": dtype}}) == []
     assert heard(*[(500.0, (0.07, 2e-3))] * 3, **{role: {"dtype": dtype}}) == [2]
+
+
+def test_the_limit_is_of_what_auto_turned_out_to_be() -> None:
+    """Of every process: one generator that computes in bfloat16 is enough."""
+    auto = {"dtype": "auto"}
+    alarms = Alarms(recipe(generator=auto, learner=auto), lambda _: None)
+    assert alarms.mismatch_limit == 0.06, "it may be bfloat16"
+    alarms.computes("learner", "learner", "float32")
+    alarms.computes("generator", "generator-0", "float32")
+    assert alarms.mismatch_limit == 1e-3
+    alarms.computes("generator", "generator-1", "bfloat16")
+    assert alarms.mismatch_limit == 0.06
+    alarms.computes("generator", "generator-1", "float32")
+    assert alarms.mismatch_limit == 1e-3, "it came back on another machine"
+    alarms.computes("learner", "learner", "")
+    assert alarms.mismatch_limit == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "limit"),
+    [(("", "", ""), 0.06), (("float32",) * 3, 1e-3), (("float32", "float32", "bfloat16"), 0.06)],
+)
+def test_everybody_says_so_in_its_hello(virtual: Callable[[Any], Any], dtypes: tuple[str, ...], limit: float) -> None:
+    async def main() -> None:
+        auto = {"dtype": "auto"}
+        wires = await Wires.open(dtypes=dtypes, generator={"count": 2} | auto, learner=auto)
+        assert wires.controller._alarms.mismatch_limit == limit
+        await wires.close()
+
+    virtual(main())

@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 from schedules import Schedule, play, recipe
+from wires import Wires
 
 from async_rl.controller.backoff import FIRST_S, LONGEST_S, Backoff
-from async_rl.controller.controller import Controller
 from async_rl.errors import UserError
 from async_rl.ledger import inspection
-from async_rl.ledger.ledger import Ledger
-from async_rl.ledger.store import MemoryStore
-from async_rl.simulate.cluster import MemoryJournal, NumberedTasks
-from async_rl.wire.codec import rollout_stream, training_stream
-from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import (
     Heartbeat,
-    Hello,
     WeightGroup,
     WeightsAnnounce,
     WeightsFailed,
@@ -59,39 +53,6 @@ def test_pauses_double_until_it_works(virtual: Virtual) -> None:
     virtual(main())
 
 
-class Wires:
-    """A controller whose learner and generators are played by hand."""
-
-    @classmethod
-    async def open(cls, transport: str) -> Wires:
-        wires = cls()
-        wires.journal = MemoryJournal()
-        rollouts, training = MemoryServer(rollout_stream()), MemoryServer(training_stream())
-        controller = Controller(
-            recipe(weights={"transport": transport}, generator={"count": 2}, controller={"heartbeat_timeout_s": 1e6}),
-            ledger=await Ledger.open(MemoryStore()),
-            tasks=NumberedTasks(),
-            rollouts=rollouts,
-            training=training,
-            journal=wires.journal,
-        )
-        wires.running = asyncio.create_task(controller.run())
-        wires.learner = training.connect()
-        wires.generators = [rollouts.connect(), rollouts.connect()]
-        wires.learner.send(Hello("learner", "learner", 0, weights=WeightsId(0, 0), weights_store="127.0.0.1:1"))
-        wires.learner.epoch = 1
-        for index, generator in enumerate(wires.generators):
-            generator.send(Hello("generator", f"generator-{index}", 0))
-        await asyncio.sleep(0.01)
-        for generator in wires.generators:
-            generator.epoch = 1
-        return wires
-
-    async def close(self) -> None:
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
-
-
 async def told(connection: Any, kind: type[Any], number: int) -> list[float]:
     """When the first `number` messages of this kind arrived."""
     found: list[float] = []
@@ -126,7 +87,8 @@ def test_weights_that_do_not_arrive_are_announced_again_ever_more_slowly(virtual
     """Three times; then it waits for newer ones."""
 
     async def main() -> None:
-        wires, weights, newer = await Wires.open("shared_memory"), WeightsId(0, 0), WeightsId(0, 1)
+        wires, weights = await Wires.open(weights={"transport": "shared_memory"}), WeightsId(0, 0)
+        newer = WeightsId(0, 1)
         wires.learner.send(WeightsAnnounce(weights, "shared_memory"))
         refused, well = wires.generators
         bothered = asyncio.create_task(told(well, WeightsAnnounce, 3))
@@ -150,7 +112,7 @@ def test_a_weight_group_that_does_not_form_is_formed_again_ever_more_slowly(virt
     """What one generator got in between does not help the other."""
 
     async def main() -> None:
-        wires, weights = await Wires.open("process_group"), WeightsId(0, 0)
+        wires, weights = await Wires.open(weights={"transport": "process_group"}), WeightsId(0, 0)
         wires.learner.send(WeightsAnnounce(weights, "process_group"))
         lost, well = wires.generators
         groups: list[float] = []

@@ -23,6 +23,7 @@ from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import (
     BatchRequest,
     CheckpointSaved,
+    Hello,
     HelloAck,
     LearnerMessage,
     MicroBatches,
@@ -92,7 +93,8 @@ def test_the_next_batch_is_asked_for_when_the_last_micro_batch_begins(
         server = MemoryServer(training_stream())
         server.epoch = 1
         service = asyncio.create_task(LearnerService(tiny_run(steps=2), learner, NoWeights(), server.connect()).run())
-        peer, _ = await server.receive()
+        peer, (hello,) = await server.receive()
+        assert isinstance(hello, Hello) and hello.dtype == "float32"
         server.send(peer, HelloAck("learner", heartbeat_s=60.0))
         assert (await server.receive())[1] == [BatchRequest(0)]
         server.send(peer, message(ragged_rollouts(seed=6), plan))

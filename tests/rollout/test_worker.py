@@ -105,10 +105,12 @@ async def scripted(
             timeout_s=timeout_s,
             run_host=run_host,
             colocated=colocated,
+            dtype="bfloat16",
         )
         controller = Scripted(tasks.create_task(worker.run()), server)
         listening = tasks.create_task(controller.listen())
         await controller.until(lambda: bool(controller.of(Hello)))
+        assert [hello.dtype for hello in controller.of(Hello)] == ["bfloat16"]
         controller.say(HelloAck("generator-0/1", heartbeat_s=heartbeat_s))
         yield controller
         controller.say(Shutdown("the test is over"))

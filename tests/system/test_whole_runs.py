@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(train: Any, tmp_path: Path) -> None:
     compared = [row for row in steps if row["equal_version_tokens"]]
     assert compared and all(row["equal_version_gap_max"] < 1e-4 for row in compared)
     assert not any("equal_version_gap" in row for row in steps if row not in compared)
-    assert "do not agree" not in printed
+    assert "do not agree" not in printed and {row["equal_version_limit"] for row in steps} == {1e-3}
     report = check(run)
     assert report["trained"] == 25 * 64 and report["admitted"] == report["trained"] + report["cancelled"]
     newest = sorted((run / "checkpoints").iterdir())[-1]

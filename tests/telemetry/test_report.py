@@ -179,7 +179,10 @@ def test_mismatch_by_lag_and_under_the_same_weights(tmp_path: Path) -> None:
     page = read(directory)
     assert [path.stem for path in report.plots][-3:] == ["mismatch", "lag", "waiting"]
     text = "log-probs of engine and learner under the same weights 1.7e-06 nats apart on average over 1,000 tokens"
-    assert f"{text} (limit 0.001)" in page.text
+    assert f"{text} (limit 0.001)" in page.text, "of the recipe"
+    write(directory.metrics, [one | {"equal_version_limit": 0.06} for one in rows])
+    write_report(directory)
+    assert f"{text} (limit 0.06)" in read(directory).text, "of what the processes said they compute in"
 
 
 def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
