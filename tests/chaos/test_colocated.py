@@ -38,6 +38,9 @@ def test_a_death_in_every_state(start: Any, monkeypatch: pytest.MonkeyPatch, tmp
         assert deaths.done(turn.value), turn
         run.rows(3)
         assert {name: process.pid for name, process in run.children().items() if name != victim} == others
+    run.children()["controller"].kill()  # the device is then with whoever had it last
+    run.line("controller died (SIGKILL)")
+    run.rows(3)
     run.call("/stop", "POST")
     code, printed = run.end(60)
     assert code == 130, printed

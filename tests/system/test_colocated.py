@@ -48,18 +48,3 @@ def test_an_asynchronous_run_takes_turns(train: Any, tmp_path: Path) -> None:
     bytes_held = rows(run)[-1]["turns"]["bytes"]
     assert bytes_held.keys() == {"generator_on", "generator_off", "learner_on", "learner_off"}
     assert all(count > 0 for count in bytes_held.values())
-
-
-def test_kills_of_each_process(train: Any, tmp_path: Path) -> None:
-    """SIGKILL, one after the other, wherever the device is just then."""
-    run = tmp_path / "run"
-    started = train("steps=120", "placement=colocated", "staleness.depth=1")
-    for name in ("generator-0", "learner-0", "controller", "generator-0", "learner-0"):
-        started.line("step")
-        started.children()[name].kill()
-        started.line(f"{name} died (SIGKILL)")
-    code, printed, errors = started.end(120)
-    assert code == 0 and "complete: 120 steps" in printed, printed + errors
-    report = check(run)
-    assert report["admitted"] == report["trained"] + report["filtered"] + report["failed"] + report["cancelled"]
-    assert report["trained"] == 120 * 64
