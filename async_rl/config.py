@@ -357,6 +357,17 @@ class Simulate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.prefill_tokens_s or 3 * self.train_tokens_per_s
 
 
+class Rewards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The graders of async_rl.rewards, where an environment uses them (docs/rewards.md)."""
+
+    workers: int = 2
+    """Processes of each kind (math, code) that a generator starts at most."""
+    deadline_s: float = 10.0
+    """A math grader that takes longer for one answer is killed: there is no verdict."""
+    memory_mb: int = 2048
+    """Of a math grader's process, as address space."""
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole recipe."""
 
@@ -379,6 +390,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     reference: Reference = Reference()
     critic: Critic = Critic()
     reward_model: RewardModel = RewardModel()
+    rewards: Rewards = Rewards()
     placement: Literal["separate", "colocated"] = "separate"
     """separate: generators and learner each have a device and never wait for one. colocated: one generator and the
     learner share one device in turns, each freeing it for the other (docs/colocated.md)."""

@@ -4,6 +4,7 @@ AsyncRLError
 ├── UserError        input we were given is wrong: one line on stderr, exit code 2
 │   └── MissingExtra an optional package is not installed
 ├── ProtocolError    a peer broke the wire contract (proto/README.md)
+├── GradingFailed    a grader hung, died or could not be set up: there is no verdict
 ├── IllegalTransition  a rollout, or the turn on a device, was moved along an edge its state machine does not have
 └── LedgerCorrupt    a record on disk does not decode or breaks conservation
 """
@@ -28,6 +29,10 @@ class MissingExtra(UserError):
 
 class ProtocolError(AsyncRLError):
     """A peer sent something the wire contract does not allow."""
+
+
+class GradingFailed(AsyncRLError):
+    """There is no verdict: the grader hung, died or could not be set up. Says which, and with what."""
 
 
 class IllegalTransition(AsyncRLError):

@@ -38,6 +38,9 @@ POSITIVE = (
     "simulate.block_tokens",
     "simulate.measured_steps",
     "simulate.seeds",
+    "rewards.workers",
+    "rewards.deadline_s",
+    "rewards.memory_mb",
 )
 """What has to be above 0, where it is set."""
 NOT_NEGATIVE = (

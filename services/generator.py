@@ -11,6 +11,7 @@ from async_rl.engines.make import make_engine
 from async_rl.environments.api import find
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.models.precision import settle
+from async_rl.rewards.pool import configure
 from async_rl.rollout.host_runner import on_thread
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.rollout.worker import RolloutWorker
@@ -32,6 +33,7 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
 
 async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
     run = settle(run)
+    configure(run.rewards)
     model_config = load_config(run.model)
     logs = RunDirectory(options.run_dir).logs
     engine = make_engine(run, model_config, logs, name=options.name, index=_index(options.name))

@@ -26,6 +26,11 @@ def format_reward(response: str) -> float:
     return float(match is not None and bool(match["think"].strip()) and bool(match["answer"].strip()))
 
 
+def cs336_format(response: str) -> float:
+    """The rule of the CS336 grader: `</think> <answer>` and `</answer>` occur, wherever and however often."""
+    return float("</think> <answer>" in response and "</answer>" in response)
+
+
 def language_consistency(total_words: int, target_words: int) -> float:
     """Share of the reasoning's words in the target language; an empty reasoning gets 0.
 

@@ -24,11 +24,10 @@ import io
 import json
 import math
 import random
-import re
 import string
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -36,6 +35,7 @@ import numpy as np
 
 from async_rl.environments.api import Policy, Reward, environment
 from async_rl.errors import require
+from async_rl.rewards.answers import EXTRACTORS, extract
 from async_rl.tasks.source import Rows
 from async_rl.wire.messages import Task
 
@@ -60,68 +60,6 @@ FUNCTIONS = frozenset(
 
 MAX_BITS = 1000.0
 """Of what an answer to a task in PARSED may evaluate to: `9**9**9` would keep the generator busy for good."""
-
-THOUSANDS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
-NUMBER = re.compile(rf"(?:(?<![\w)\]])-)?(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)")
-CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-
-
-def last_number(text: str) -> str | None:
-    """
-    >>> last_number("A dozen is 12, a thousand of them 12,000.")
-    '12000'
-    """
-    found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return found[-1].replace(",", "") if found else None
-
-
-def last_line(text: str) -> str | None:
-    """The last one with something in it."""
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else None
-
-
-def tag(text: str) -> str | None:
-    """Inside the last <answer>...</answer>, which may span lines."""
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    return inside if opened and closed else None
-
-
-def boxed(text: str) -> str | None:
-    r"""Inside the last \boxed{...}, braces and all; None while it is open.
-
-    >>> boxed(r"so \boxed{\frac{1}{2}}")
-    '\\frac{1}{2}'
-    """
-    _, opened, rest = text.rpartition(r"\boxed{")
-    depth = 1 if opened else 0
-    for i, character in enumerate(rest if opened else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:i]
-    return None
-
-
-def code_block(text: str) -> str | None:
-    """Inside the last fenced block."""
-    found = CODE_BLOCK.findall(text)
-    return found[-1] if found else None
-
-
-EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
-    "text": str,
-    "last_number": last_number,
-    "last_line": last_line,
-    "tag": tag,
-    "boxed": boxed,
-    "code_block": code_block,
-}
-
-
-def extract(how: str, text: str) -> str | None:
-    """The answer in a reply, without the white space around it; None if there is none."""
-    return (EXTRACTORS[how](text) or "").strip() or None
 
 
 class ReasoningGymTasks:

@@ -22,6 +22,7 @@ from async_rl.controller.evaluation import FIRST_EVAL_ID
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import UserError
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
+from async_rl.rewards.pool import configure
 from async_rl.rollout.host import Text
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.stages import estimates
@@ -113,6 +114,7 @@ def evaluate(
         temperature = 0.0 if samples == 1 else run.rollout.temperature
     _check(tasks, samples, temperature, split)
     environment = find(run.environment)
+    configure(run.rewards)
     chosen = _tasks(make_tasks(environment, run.environment.options, run.seed), split, tasks)
     sampling = Sampling(run.rollout.max_new_tokens, temperature, run.seed)
     leases = [

@@ -16,10 +16,8 @@ import pytest
 from async_rl import config
 from async_rl.environments.api import Message, Reward, find, make_tasks
 from async_rl.environments.reasoning_gym import (
-    EXTRACTORS,
     HASH_ORDERED,
     entry_at,
-    extract,
     may_run,
 )
 from async_rl.errors import UserError
@@ -116,43 +114,6 @@ def test_the_system_prompt_is_said_if_there_is_one() -> None:
         asyncio.run(ENVIRONMENT.episode(task, policy))
         assert [message["role"] for message in policy.asked] == roles
         assert policy.asked[-1]["content"] == task["prompt"]
-
-
-@pytest.mark.parametrize(
-    ("how", "reply", "answer"),
-    [
-        ("text", "  1 2\n3 4\n", "1 2\n3 4"),
-        ("text", " \n", None),
-        ("last_number", "3 * 4 = 12", "12"),
-        ("last_number", "It is **1,234,567.50**.", "1234567.50"),
-        ("last_number", "x = -7", "-7"),
-        ("last_number", "x = −7", "-7"),
-        ("last_number", "10-20", "20"),
-        ("last_number", "3, 4,5", "5"),
-        ("last_number", "12,3456", "3456"),
-        ("last_number", "0.25.", "0.25"),
-        ("last_number", "about -.5", "-.5"),
-        ("last_number", "none", None),
-        ("last_line", "so\n\n  B  \n \n", "B"),
-        ("last_line", "", None),
-        ("tag", "<answer>1</answer> no: <answer>\n1 2\n3 4\n</answer>.", "1 2\n3 4"),
-        ("tag", "write <answer> then <answer>7</answer>", "7"),
-        ("tag", "<answer>7", None),
-        ("tag", "7</answer>", None),
-        ("tag", "<answer> </answer>", None),
-        ("boxed", r"\boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        ("boxed", r"\boxed{1} or \boxed{\frac{1}{2}", None),
-        ("boxed", "1", None),
-        ("code_block", "```\n1\n```\nor\n```text\n1 2\n3 4\n```", "1 2\n3 4"),
-        ("code_block", "```\n1", None),
-    ],
-)
-def test_answers_are_extracted(how: str, reply: str, answer: str | None) -> None:
-    assert extract(how, reply) == answer
-
-
-def test_every_extractor_has_a_case() -> None:
-    assert {how for how, *_ in test_answers_are_extracted.pytestmark[0].args[1]} == set(EXTRACTORS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""The examples of docs/rewards.md do what the page says."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from async_rl import config, rewards
+from async_rl.wire.messages import Task
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+class Says:
+    """A policy that gives one reply."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, self.finish_reason = text, (1, 2, 3), "eos"
+
+    async def chat(self, messages: Any, *, max_new_tokens: int | None = None) -> Says:
+        return self
+
+
+def names(example: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    exec(example, found)
+    return found
+
+
+def test_the_episode_in_one_line() -> None:
+    episode = names(EXAMPLES[0])["episode"]
+    task = Task("t", {"prompt": "Half of 1?", "answer": "1/2"})
+    right = asyncio.run(episode(task, Says(r"It is \boxed{0.5}.")))
+    assert right.value == pytest.approx(2.1) and right.metrics == {"exact": 1.0}
+    assert asyncio.run(episode(task, Says("Это 0.7."))).value == 0.0
+
+
+def test_every_reward_is_described() -> None:
+    for name in set(rewards.__all__) - {"Grade", "configure"}:
+        assert f"{name}(" in PAGE or f"`{name}`" in PAGE, name
+
+
+def test_the_settings_are_those_of_the_recipe() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, re.MULTILINE)
+    said = {name: default.strip() for name, default in rows}
+    defaults = msgspec.to_builtins(config.Rewards())
+    assert said == {name: str(value).removesuffix(".0") for name, value in defaults.items()}
