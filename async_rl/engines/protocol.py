@@ -25,12 +25,11 @@ class Request:
     """Token ids, at least one, each within the vocabulary. Requests with an equal prompt may share one prefill."""
     max_new_tokens: int
     key: int
-    """64-bit key of the rollout (engines.sampling.rollout_key): token t is drawn with uniform(key, position + t)."""
+    """64-bit key of the call (engines.sampling.call_key): token t is drawn with uniform(key, position + t)."""
     temperature: float = 1.0
     """0 is greedy; otherwise logits are divided by it, and log-probs are of that distribution."""
     position: int = 0
-    """Counter of the first sampled token: how many tokens of this rollout were sampled before, in earlier calls or
-    segments."""
+    """Counter of the first sampled token: how many tokens of this call were sampled before, under earlier leases."""
     stop: frozenset[int] = frozenset()
     """Token ids that end the completion and stay in it (finish reason `eos`)."""
     segment_tokens: int | None = None

@@ -1,4 +1,5 @@
-"""Pure: randomness without state. Token t of a rollout is drawn with one uniform, a hash of (seed, rollout, t).
+"""Pure: randomness without state. Token t of a rollout is drawn with one uniform, a hash of (seed, rollout, t); where
+the environment asks the policy several times, each call has a stream of its own.
 
 So a resumed rollout, a segment that is generated again and a run that is repeated see the same uniforms, whatever else
 is in the batch. The hash is SplitMix64 (Steele, Lea & Flood 2014, https://doi.org/10.1145/2714064.2660195) read at any
@@ -20,6 +21,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLY_1, MULTIPLY_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 SHIFT_1, SHIFT_2, SHIFT_3 = 30, 27, 31
 MASK = (1 << 64) - 1
+CALL_STREAM = 0x43414C4C
 UNIFORM_BITS = 53
 """Every uniform is a multiple of 2^-53 below 1: exact in a double."""
 
@@ -35,6 +37,11 @@ def mix(z: int) -> int:
 def rollout_key(seed: int, rollout_id: int) -> int:
     """64-bit key of a rollout; no two rollouts of a run share one."""
     return mix(mix(seed + GOLDEN) + rollout_id * GOLDEN)
+
+
+def call_key(key: int, call: int) -> int:
+    """Key of one call of the policy within a rollout; the first one has the rollout's own."""
+    return key if call == 0 else mix(key ^ mix(CALL_STREAM + call * GOLDEN))
 
 
 def uniform(key: int, position: int) -> float:

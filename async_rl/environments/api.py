@@ -31,7 +31,7 @@ from async_rl.errors import UserError
 from async_rl.tasks.source import TaskSource
 from async_rl.wire.messages import FinishReason, Task
 
-Message: TypeAlias = Mapping[str, str]
+Message: TypeAlias = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
 

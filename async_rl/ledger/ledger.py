@@ -148,13 +148,15 @@ class Ledger:
         return group
 
     def segment(self, segment: Segment) -> bool:
-        """Keep what a running member sampled, instead of what an earlier lease had from there on. False: it is over."""
+        """Keep what a running member sampled, instead of what an earlier lease had of this call from there on; calls
+        may overlap. False: it is over."""
         group = self.groups.get(segment.group_id)
         if group is None or group.states[segment.member] is not State.RUNNING:
             return False
         known = group.segments.setdefault(segment.member, [])
-        while known and (known[-1].call, known[-1].start) >= (segment.call, segment.start):
-            self._delete(_segment_key(known.pop()))
+        for replaced in [one for one in known if one.call == segment.call and one.start >= segment.start]:
+            known.remove(replaced)
+            self._delete(_segment_key(replaced))
         if segment.tokens or segment.finish_reason is not None:
             known.append(segment)
             self._put(_segment_key(segment), segment)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from async_rl.errors import UserError
@@ -28,26 +29,45 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ) from None
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation under the model's chat template, ready for the reply to be sampled.
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation under the model's chat template, ready for the reply to be sampled.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("this model has no chat template: give a prompt as text, or train an instruct model")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise UserError(
+            f"the model's chat template refuses messages of the roles {roles}: {error}; write messages that it takes"
+        ) from error
+    return cast(str, rendered)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of `render_chat`.
 
     With the tiny model, `[{"role": "user", "content": "3102="}]` becomes bos 3 1 0 2 =.
 
     Raises:
         UserError: the tokenizer has no chat template, or a character is not in the vocabulary.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("this model has no chat template: give a prompt as text, or train an instruct model")
-    rendered = cast(
-        str,
-        tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True),
-    )
-    return encode(tokenizer, rendered)
+    return encode(tokenizer, render_chat(tokenizer, messages))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """The text of token ids; special tokens leave nothing."""
     return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def spell(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of token ids, special tokens written out."""
+    return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def _first_missing(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:

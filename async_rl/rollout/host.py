@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from async_rl.engines.protocol import Chunk, Engine, Request, Swap
 from async_rl.environments.api import Environment, Reward
-from async_rl.rollout.policy import RecordedPolicy, Text
+from async_rl.rollout.conversations import Text
+from async_rl.rollout.desk import Asking
+from async_rl.rollout.policy import RecordedPolicy
 from async_rl.rollout.progress import NoProgress, progress_timeout
 from async_rl.telemetry.activity import Tracker
 from async_rl.wire.messages import Failed, Finished, GroupLease, RolloutResult, Segment, WeightsId
@@ -32,7 +34,7 @@ def _nowhere(segments: list[Segment]) -> None:
 class _Waiting:
     """A request that is with the engine."""
 
-    policy: RecordedPolicy
+    policy: Asking
     done: asyncio.Future[None]
 
 
@@ -106,7 +108,7 @@ class EpisodeHost:
     def cancel(self, group_id: int, members: Sequence[int]) -> None:
         """Stop these members without a report; the engine lets go of their requests."""
         stopped = [self._episodes.pop(key) for m in members if (key := (group_id, m)) in self._episodes]
-        self._withdraw([policy.request_id for _, policy in stopped if policy.request_id is not None])
+        self._withdraw([request_id for _, policy in stopped for request_id in policy.request_ids])
         for task, _ in stopped:
             task.cancel()
         self._attribute()
@@ -114,12 +116,10 @@ class EpisodeHost:
     def hand_back(self, group_id: int, members: Sequence[int]) -> None:
         """These members yield as soon as they can: now if the engine has their request, else when they next ask for
         tokens. Those that end before are reported as ever."""
-        if self._submitted:
-            self._submit()  # what the engine does not have yet, it cannot hand back
         for member in members:
             _, policy = self._episodes.get((group_id, member), (None, None))
-            if policy is not None and policy.hand_back() and policy.request_id is not None:
-                self._engine.cancel([policy.request_id])
+            if policy is not None and policy.hand_back():
+                self.recall(policy.request_ids)
 
     def hold(self, waiting: bool) -> None:
         """Whether leases wait for newer weights; only for the attribution of idle time."""
@@ -146,7 +146,7 @@ class EpisodeHost:
         inside = [
             (task, f"{group_id}/{member}")
             for (group_id, member), (task, policy) in list(self._episodes.items())
-            if policy.request_id is None
+            if not policy.request_ids
         ]
         return [name for task, name in inside if task is running] or [name for _, name in inside]
 
@@ -166,7 +166,7 @@ class EpisodeHost:
         self._request_id += 1
         return self._request_id
 
-    def ask(self, request: Request, policy: RecordedPolicy) -> asyncio.Future[None]:
+    def ask(self, request: Request, policy: Asking) -> asyncio.Future[None]:
         """Requests of one turn of the loop are submitted together."""
         if not self._submitted:
             self.loop.call_soon(self._submit)
@@ -178,15 +178,22 @@ class EpisodeHost:
     def withdraw(self, request_id: int) -> None:
         self._withdraw([request_id])
 
+    def recall(self, request_ids: Sequence[int]) -> None:
+        if not request_ids:
+            return
+        if self._submitted:
+            self._submit()  # what the engine does not have yet, it cannot hand back
+        self._engine.cancel(request_ids)
+
     def persist(self, segment: Segment) -> None:
         self._flush_soon()
         self._segments.append(segment)
 
-    def runs(self, policy: RecordedPolicy) -> bool:
+    def runs(self, policy: Asking) -> bool:
         episode = self._episodes.get((policy.lease.group_id, policy.member))
         return episode is not None and episode[1] is policy
 
-    def leave(self, policy: RecordedPolicy) -> None:
+    def leave(self, policy: Asking) -> None:
         task, _ = self._episodes.pop((policy.lease.group_id, policy.member))
         task.cancel()
         self._attribute()

@@ -16,16 +16,36 @@ class _Open:
 
     __slots__ = ("length", "sampled", "spans", "tokens")
 
-    def __init__(self) -> None:
-        self.tokens: list[Int32s] = []
-        self.length = 0
+    def __init__(self, prompt: Int32s) -> None:
+        self.tokens: list[Int32s] = [prompt]
+        self.length = len(prompt)
         self.sampled: list[tuple[int, Float32s]] = []
         """Where sampled tokens start, and their log-probs."""
         self.spans: list[VersionSpan] = []
 
+    def begins(self, tokens: Int32s) -> bool:
+        return len(tokens) >= self.length and np.array_equal(tokens[: self.length], self.flat())
+
     def extend(self, tokens: Int32s) -> None:
-        self.tokens.append(tokens)
-        self.length += len(tokens)
+        if len(tokens):
+            self.tokens.append(tokens)
+            self.length += len(tokens)
+
+    def add(self, chunk: Chunk) -> None:
+        start = self.length
+        self.sampled.append((start, chunk.logprobs))
+        for span in chunk.spans:
+            shifted = VersionSpan(start + span.start, start + span.end, span.version, span.kv_version)
+            previous = self.spans[-1] if self.spans else None
+            if previous is not None and (previous.end, previous.version, previous.kv_version) == (
+                shifted.start,
+                shifted.version,
+                shifted.kv_version,
+            ):
+                self.spans[-1] = VersionSpan(previous.start, shifted.end, shifted.version, shifted.kv_version)
+            else:
+                self.spans.append(shifted)
+        self.extend(chunk.tokens)
 
     def flat(self) -> Int32s:
         if len(self.tokens) > 1:
@@ -40,49 +60,31 @@ class _Open:
 
 
 class Recorder:
-    """`call` before the policy is asked, `sampled` with what it said, `sequences` at the end.
+    """`call` with every call of the policy that was answered, `sequences` at the end.
 
-    A call whose prompt extends the tokens so far (a further turn of the same conversation) continues the last
-    sequence: what lies between is not trainable. Any other prompt begins a new sequence.
+    A call whose prompt extends the tokens of a sequence (a further turn of the same conversation) continues it: what
+    lies between is not trainable. Any other prompt begins a new sequence. Calls that overlap are recorded in the order
+    in which they were answered: of two that go on from the same turn, the first continues its sequence.
     """
 
     def __init__(self) -> None:
         self._open: list[_Open] = []
-        self.num_sampled = 0
-        """Tokens sampled in this episode so far: the counter of the next one."""
         self.finish_reason: FinishReason = "eos"
-        """Of the last call."""
+        """Of the call that was answered last."""
 
-    def call(self, prompt: Sequence[int]) -> None:
+    def call(self, prompt: Sequence[int], chunks: Sequence[Chunk]) -> None:
+        """The last chunk has a finish reason."""
         tokens = np.asarray(prompt, np.int32)
-        if self._open:
-            last = self._open[-1]
-            if len(tokens) >= last.length and np.array_equal(tokens[: last.length], last.flat()):
-                if len(tokens) > last.length:
-                    last.extend(tokens[last.length :])
-                return
-        fresh = _Open()
-        fresh.extend(tokens)
-        self._open.append(fresh)
-
-    def sampled(self, chunk: Chunk) -> None:
-        last, start = self._open[-1], self._open[-1].length
-        last.sampled.append((start, chunk.logprobs))
-        for span in chunk.spans:
-            shifted = VersionSpan(start + span.start, start + span.end, span.version, span.kv_version)
-            previous = last.spans[-1] if last.spans else None
-            if previous is not None and (previous.end, previous.version, previous.kv_version) == (
-                shifted.start,
-                shifted.version,
-                shifted.kv_version,
-            ):
-                last.spans[-1] = VersionSpan(previous.start, shifted.end, shifted.version, shifted.kv_version)
-            else:
-                last.spans.append(shifted)
-        last.extend(chunk.tokens)
-        self.num_sampled += len(chunk.tokens)
-        if chunk.finish_reason is not None:
-            self.finish_reason = chunk.finish_reason
+        begun = [one for one in self._open if one.begins(tokens)]
+        if begun:
+            sequence = max(begun, key=lambda one: one.length)
+            sequence.extend(tokens[sequence.length :])
+        else:
+            sequence = _Open(tokens)
+            self._open.append(sequence)
+        for chunk in chunks:
+            sequence.add(chunk)
+            self.finish_reason = chunk.finish_reason or self.finish_reason
 
     def sequences(self) -> list[WireSequence]:
         """Sequences in which the policy sampled something."""

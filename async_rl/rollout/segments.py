@@ -1,13 +1,16 @@
 """Pure: the calls of an episode as segments on the wire, and back.
 
 A rollout is made durable while it runs. Whoever resumes it replays the episode: a call that had ended returns what was
-recorded, the one in which it was interrupted goes on where it stopped.
+recorded, one in which it was interrupted goes on where it stopped.
+
+Calls are known by what they ask and not by their turn, because calls that overlap, or come from another process, need
+not come in the same order again. What no call asks for again is worth nothing, and harms nothing.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,23 +66,46 @@ class OpenCall:
     """A call of the policy whose last tokens are not durable yet."""
 
     index: int
-    """Which call of the episode, from 0."""
+    """Its number in the episode, which its random numbers depend on."""
     prompt: tuple[int, ...]
+    crc: int
+    """CRC-32 of the prompt."""
+    recorded: list[Chunk] = field(default_factory=list[Chunk])
+    """What earlier leases sampled in it."""
     durable: int = 0
     """Its sampled tokens that are in segments."""
     last: Chunk | None = None
     """How it ended, if that is not durable yet."""
-    crc: int | None = None
-    """CRC-32 of the prompt, once it was needed."""
 
     def segment(
         self, lease: GroupLease, member: int, chunk: Chunk, reason: FinishReason | None, *, yielded: bool = False
     ) -> Segment:
         """The next tokens, which are durable from now on."""
-        if self.crc is None:
-            self.crc = prompt_crc(self.prompt)
         start, self.durable = self.durable, self.durable + len(chunk.tokens)
         tokens, logprobs = chunk.tokens.tobytes(), chunk.logprobs.tobytes()
         return Segment(
             lease.group_id, member, self.index, start, self.crc, tokens, logprobs, chunk.spans, reason, yielded
         )
+
+
+class CallNumbers:
+    """Gives the calls of an episode their numbers: a call that asks what a recorded one asked takes that one's, another
+    takes the number of calls before it, or the next that is free."""
+
+    def __init__(self, recorded: Mapping[int, RecordedCall]) -> None:
+        self._recorded = dict(sorted(recorded.items()))
+        """Those that no call has asked for yet."""
+        self._taken = set(recorded)
+        self._begun = 0
+
+    def begin(self, prompt: tuple[int, ...]) -> OpenCall:
+        crc = prompt_crc(prompt)
+        index = next((index for index, call in self._recorded.items() if call.prompt == crc), None)
+        before, self._begun = self._begun, self._begun + 1
+        if index is not None:
+            call = self._recorded.pop(index)
+            return OpenCall(index, prompt, crc, call.chunks, call.num_tokens)
+        while before in self._taken:
+            before += 1
+        self._taken.add(before)
+        return OpenCall(before, prompt, crc)

@@ -14,9 +14,9 @@ import msgspec
 from async_rl.engines.protocol import Engine, Snapshot, Swap
 from async_rl.environments.api import Environment
 from async_rl.errors import AsyncRLError, ProtocolError
+from async_rl.rollout.conversations import Text
 from async_rl.rollout.device_turns import DeviceTurns
 from async_rl.rollout.host import EpisodeHost
-from async_rl.rollout.policy import Text
 from async_rl.telemetry.activity import process_cpu_s
 from async_rl.weights.errors import WeightsError, WeightsGone
 from async_rl.weights.machine import machine

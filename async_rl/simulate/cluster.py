@@ -54,11 +54,14 @@ class NumberText:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return self.encode("".join(message["content"] for message in messages))
+    def render(self, messages: Sequence[Message]) -> str:
+        return "".join(message["content"] for message in messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(map(str, tokens))
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        return self.decode(tokens)
 
 
 class InstantWeights:

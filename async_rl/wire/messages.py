@@ -83,7 +83,7 @@ class Sampling(msgspec.Struct, frozen=True):
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
-    """Run seed: token t of rollout r is drawn with the uniform hash(seed, r, t)."""
+    """Run seed: token t of call c of rollout r is drawn with the uniform hash(seed, r, c, t)."""
 
 
 class Activity(msgspec.Struct, frozen=True):

@@ -93,6 +93,32 @@ def test_what_was_sampled_and_dies_undurable_is_counted_once(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["memory", "lmdb"])
+def test_segments_of_calls_that_overlap_replace_only_their_own(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        store = make_store(kind, tmp_path)
+        ledger = await Ledger.open(store)
+        group = ledger.admit(TASK, 1, version=0)
+
+        def keep(call: int, start: int, tokens: int) -> None:
+            spans = [VersionSpan(0, tokens, 0, 0)]
+            ledger.segment(Segment(group.id, 0, call, start, call, bytes(4 * tokens), bytes(4 * tokens), spans))
+
+        for call, start in ((0, 0), (1, 0), (0, 4), (1, 4), (0, 8)):
+            keep(call, start, 4)
+        keep(0, 4, 2)  # sampled again after an interruption: what came after it is void, the other call is not
+        await ledger.committed()
+        if kind == "lmdb":
+            await ledger.close()
+            store = make_store(kind, tmp_path)
+        ledger = await Ledger.open(store)
+        kept = sorted((s.call, s.start, len(s.tokens) // 4) for s in ledger.groups[group.id].segments[0])
+        assert kept == [(0, 0, 4), (0, 4, 2), (1, 0, 4), (1, 4, 4)]
+        await ledger.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["memory", "lmdb"])
 def test_reopening_gives_back_what_was_committed(kind: str, tmp_path: Path) -> None:
     async def main() -> None:
         store = make_store(kind, tmp_path)

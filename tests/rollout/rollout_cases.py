@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from async_rl.engines.fake import FakeEngine
 from async_rl.engines.protocol import Engine, Snapshot
 from async_rl.environments.api import Environment, Policy
+from async_rl.rollout.conversations import Text
 from async_rl.rollout.host import EpisodeHost
 from async_rl.simulate.cluster import NumberedTasks, NumberText
 from async_rl.wire.messages import Failed, Finished, GroupLease, RolloutResult, Sampling, Segment, Task, WeightsId
@@ -52,14 +53,14 @@ def weights(version: int) -> Snapshot:
 class Hosted:
     """A host, and what it reported."""
 
-    def __init__(self, episode: Episode, engine: Engine, *, timeout_s: float) -> None:
+    def __init__(self, episode: Episode, engine: Engine, text: Text, *, timeout_s: float) -> None:
         self.reported: list[Segment | Finished | Failed] = []
         self.started = asyncio.Event()
         self.engine = engine
         self._news = asyncio.Event()
         self.host = EpisodeHost(
             environment(episode),
-            NumberText(),
+            text,
             engine,
             timeout_s=timeout_s,
             started=self.started.set,
@@ -102,9 +103,11 @@ class Hosted:
 
 
 @asynccontextmanager
-async def hosted(episode: Episode, engine: Engine | None = None, *, timeout_s: float = 600) -> AsyncGenerator[Hosted]:
+async def hosted(
+    episode: Episode, engine: Engine | None = None, text: Text | None = None, *, timeout_s: float = 600
+) -> AsyncGenerator[Hosted]:
     """On a fake engine with weights 0, if none is given."""
-    running = Hosted(episode, engine or fake(), timeout_s=timeout_s)
+    running = Hosted(episode, engine or fake(), text or NumberText(), timeout_s=timeout_s)
     running.engine.start(running.host.deliver_threadsafe)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(running.host.run())

@@ -263,12 +263,10 @@ def test_what_was_recorded_of_another_prompt_is_discarded(virtual: Run) -> None:
             said[0] = 8
             await running.run(lease(segment_tokens=8, segments=segments))
             again, (resumed,) = running.segments, running.results
-            assert (again[0].call, again[0].start) == (1, 0)
-            assert again[0].prompt != next(segment for segment in segments if segment.call == 1).prompt
+            assert (again[0].call, again[0].start) == (3, 0), "no call of that number has another prompt"
+            assert again[0].prompt not in {segment.prompt for segment in segments}
             assert resumed.sequences[0] == whole.sequences[0]
-            assert resumed.sequences[1].tokens != whole.sequences[1].tokens
-            sampled = np.frombuffer(resumed.sequences[1].tokens, np.int32)[4:]
-            assert sampled.tobytes() == np.frombuffer(whole.sequences[1].tokens, np.int32)[4:].tobytes()  # same counter
+            assert all(one.tokens != whole.sequences[1].tokens for one in resumed.sequences)
 
     virtual(main())
 
@@ -357,21 +355,6 @@ def test_a_rollout_that_left_says_no_more(virtual: Run) -> None:
             await asyncio.sleep(10)
             (segment,) = running.reported
             assert isinstance(segment, Segment) and (segment.start, tokens(segment)) == (0, 10)
-
-    virtual(main())
-
-
-def test_the_policy_is_asked_once_at_a_time(virtual: Run) -> None:
-    async def greedy(task: Task, policy: Policy) -> float:
-        await asyncio.gather(policy.complete([1]), policy.complete([2]))
-        return 1.0
-
-    async def main() -> None:
-        async with hosted(greedy) as running:
-            await running.run(lease())
-            assert running.failures == [
-                "RuntimeError: the policy is asked once at a time: await its reply before asking again"
-            ]
 
     virtual(main())
 
