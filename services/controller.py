@@ -37,7 +37,7 @@ async def _serve(run: config.Run, directory: RunDirectory, parent: Parent) -> No
         ledger = await Ledger.open(LmdbStore(directory.ledger))
     journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
     controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
-    runner, url = await admin.start(controller, host, run.controller.admin_port)
+    runner, url = await admin.start(controller, host, run.controller.admin_port, name=directory.path.name)
     try:
         write_json(directory.admin, {"url": url})
         loop = asyncio.get_running_loop()

@@ -20,9 +20,10 @@ class Alarms:
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
-        self._filtered = self._failed = 0
         self._biased = False
         self._mismatch = MismatchAlarm(run, say)
+        self.filtered_in_a_row = self.failed_in_a_row = 0
+        """Groups that a filter took out since the last step; training episodes that failed since one did not."""
         self.lengths: Row | None = None
         """Of the newest complete cohort."""
 
@@ -35,27 +36,38 @@ class Alarms:
         """A process said in which dtype it computes log-probs."""
         self._mismatch.computes(role, name, dtype)
 
+    @property
+    def on(self) -> dict[str, bool]:
+        """Those that there are, and whether the user has been told of them and they go on."""
+        many = FILTERED_WARNING * self._run.rollout.groups_per_step
+        return {
+            "mismatch": self._mismatch.on,
+            "length_bias": self._biased,
+            "all_filtered": self.filtered_in_a_row >= many,
+            "all_failed": self.failed_in_a_row >= max(1, self._run.failures_in_a_row // 2),
+        }
+
     def composed(self) -> None:
         """A step has its rollouts."""
-        self._filtered = 0
+        self.filtered_in_a_row = 0
 
     def filtered(self) -> None:
         """A group is not trained on."""
-        self._filtered += 1
-        if self._filtered == FILTERED_WARNING * self._run.rollout.groups_per_step:
-            self._say(f"{self._filtered} groups in a row had equal rewards and were filtered; no step since")
+        self.filtered_in_a_row += 1
+        if self.filtered_in_a_row == FILTERED_WARNING * self._run.rollout.groups_per_step:
+            self._say(f"{self.filtered_in_a_row} groups in a row had equal rewards and were filtered; no step since")
 
     def scored(self) -> None:
         """A training episode ended as it should."""
-        self._failed = 0
+        self.failed_in_a_row = 0
 
     def failed(self, reason: str, details: str) -> None:
         """A training episode failed; `details` names the file with the tracebacks. Raises UserError when too many have
         in a row."""
-        self._failed += 1
-        if self._failed == self._run.failures_in_a_row:
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row == self._run.failures_in_a_row:
             raise UserError(
-                f"{self._failed} episodes in a row failed, the last one with: {reason.partition(chr(10))[0]} "
+                f"{self.failed_in_a_row} episodes in a row failed, the last one with: {reason.partition(chr(10))[0]} "
                 f"(tracebacks are in {details}; environment.failures_in_a_row is the limit). The same command "
                 "continues the run."
             )

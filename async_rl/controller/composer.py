@@ -98,8 +98,13 @@ class Composer:
 
     def admissible(self, version: int) -> bool:
         """Whether one more group may begin while the learner is at `version`."""
-        run, ledger, size = self._run, self._ledger, self._run.rollout.group_size
-        used, running = self.next_step * run.step_rollouts, ledger.live[State.RUNNING]
+        size, running = self._run.rollout.group_size, self._ledger.live[State.RUNNING]
+        return self.free(version) >= size and (running + size <= self.room or running == 0)
+
+    def free(self, version: int) -> int:
+        """Rollouts that staleness, and what the run still needs, let in while the learner is at `version`."""
+        run, ledger = self._run, self._ledger
+        used = self.next_step * run.step_rollouts
         free = capacity(
             steps_ahead=run.staleness.steps_ahead,
             version=version,
@@ -107,8 +112,7 @@ class Composer:
             consumed=used,
             running=ledger.unused,
         )
-        free = min(free, run.steps * run.step_rollouts - used - ledger.unused)
-        return free >= size and (running + size <= self.room or running == 0)
+        return min(free, run.steps * run.step_rollouts - used - ledger.unused)
 
     @property
     def position(self) -> int:

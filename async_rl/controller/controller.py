@@ -14,6 +14,7 @@ time only through the event loop, so it runs unchanged in virtual time (simulate
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -37,6 +38,8 @@ from async_rl.staleness.admission import min_version
 from async_rl.tasks.source import TaskSource, heldout_tasks, train_task
 from async_rl.telemetry.activity import Tracker
 from async_rl.telemetry.journal import EvalSummary, Journal, Row, summarise
+from async_rl.telemetry.reading import GeneratorReading, GroupReading, Reading
+from async_rl.telemetry.totals import Totals
 from async_rl.telemetry.usage import Usage
 from async_rl.wire.messages import (
     PROTOCOL_VERSION,
@@ -124,12 +127,15 @@ class Controller:
         """Connection of the learner."""
         self._requested: int | None = None
         """The step whose batch the learner waits for."""
+        self._totals = Totals(run.staleness.max_staleness)
         self._weights = WeightDelivery(
             run.weights.transport,
             self._generators,
             to_generator=rollouts.send,
             to_learner=self._send_learner,
             say=journal.say,
+            totals=self._totals,
+            clock=self._loop.time,
         )
         self._composer = Composer(
             run,
@@ -226,6 +232,60 @@ class Controller:
             "last": self.journal.rows[-1] if self.journal.rows else None,
         }
 
+    def reading(self, name: str = "") -> Reading:
+        """Everything there is to show of this moment. name: of the run."""
+        learner = "absent" if self._learner is None else "trains" if self._requested is None else "waits"
+        return Reading(
+            run=self.run_config,
+            name=name,
+            at=self._loop.time(),
+            stage=self._stage or "training",
+            version=self.version,
+            paused=self.paused,
+            learner=learner,
+            ledger=self.ledger.run,
+            alive={state.name.lower(): count for state, count in self.ledger.live.items()},
+            repeats=self.ledger.repeats,
+            available=self.ledger.available,
+            free=self._composer.free(self.version),
+            room=self._composer.room,
+            queued=self._generators.num_queued,
+            lane="" if self._lane.peer is None else self._lane.peer.name,
+            turn="" if self._turns is None else self._turns.turn.value,
+            pending=self._pending(),
+            generators=[_generator(peer) for peer in self._generators.peers.values()],
+            usage=self._usage.reading(),
+            totals=copy.deepcopy(self._totals),
+            alarms=self._alarms.on,
+            filtered=self._alarms.filtered_in_a_row,
+            failed=self._alarms.failed_in_a_row,
+            row=self.journal.rows[-1] if self.journal.rows else {},
+            evaluation=self.journal.evaluations[-1] if self.journal.evaluations else None,
+        )
+
+    def oldest_groups(self, most: int) -> list[GroupReading]:
+        """Of those with slots that no step has used, in order of admission."""
+        now, peers, found = self._loop.time(), list(self._generators.peers.values()), list[GroupReading]()
+        for group in self.ledger.waiting()[:most]:
+            holders = [peer for peer in peers if group.id in peer.leases]
+            states = {s.name.lower(): len(group.members(s)) for s in (State.RUNNING, State.SCORED, State.READY)}
+            tokens = sum(self._composer.tokens(group.id, member) for member in group.members(State.RUNNING))
+            begun = min((peer.since[group.id] for peer in holders), default=None)
+            names, seconds = [peer.name for peer in holders], None if begun is None else now - begun
+            found.append(GroupReading(group.id, group.version, states, tokens, names, seconds))
+        return found
+
+    @property
+    def _stage(self) -> str | None:
+        """One of telemetry.reading.STAGES; None from one to the next."""
+        if self._closing:
+            return "saving"
+        if self._evaluations.progress[1]:
+            return "evaluation"
+        if not self._live.is_set():
+            return "starting"
+        return "training" if self._open and self.version < self.run_config.steps else None
+
     def pause(self, paused: bool) -> None:
         self.paused = paused
         self._advance()
@@ -275,6 +335,7 @@ class Controller:
         return summary
 
     def _evaluated(self, summary: EvalSummary, samples: Sequence[Row]) -> None:
+        self._totals.evaluations += 1
         self.journal.evaluated(summary, samples)
         if self.run_config.checkpoint.keep_best:
             self._send_learner(Evaluated(summary.version, summary.reward))
@@ -483,8 +544,8 @@ class Controller:
                 if activity is not None:
                     peer.activity = activity
                     self._usage.read(peer.name, activity)
-            case WeightsLive(weights):
-                self._weights.live(peer, weights)
+            case WeightsLive(weights, stall_s):
+                self._weights.live(peer, weights, stall_s)
                 self._live.set()
             case WeightsFailed(weights, reason):
                 self._weights.failed(peer, weights, reason)
@@ -550,6 +611,7 @@ class Controller:
 
     def _generator_gone(self, name: str) -> None:
         self.journal.say(f"{name} is silent: what it held is leased again")
+        self._totals.generators_lost += 1
         self._weights.regroup()
         self._advance()
 
@@ -570,7 +632,8 @@ class Controller:
                 self._requested = step
             case StepDone():
                 self._step_done(message)
-            case CheckpointSaved(version):
+            case CheckpointSaved(version, _, seconds):
+                self._totals.checkpoint(seconds)
                 self.ledger.checkpoint(version, keep=self.run_config.controller.keep_rollouts)
                 if version >= self.version:
                     self._commits.then(self._checkpointed.set)
@@ -646,7 +709,9 @@ class Controller:
         self._alarms.trained(done.step, done.metrics)
         self._usage.read("learner", done.activity)
         self._usage.read("controller", self._tracker.activity())
-        self.journal.step(self._row(done))
+        row = self._row(done)
+        self._totals.step(row)
+        self.journal.step(row)
         run = self.run_config
         if self.version >= run.steps:
             self._trained.set()
@@ -695,18 +760,12 @@ class Controller:
         now = self._loop.time()
         if now < self._next_pulse:
             return
-        live = self.ledger.live
+        live, stage = self.ledger.live, self._stage
+        if stage is None:
+            return
         done, total = self._evaluations.progress
-        if self._closing:
-            stage = "saving"
-        elif total:
-            stage = "evaluation"
-        elif not self._live.is_set():
-            stage = "starting"
-        elif self._open and self.version < self.run_config.steps:
-            stage, done, total = "training", live[State.READY], self.run_config.step_rollouts
-        else:
-            return  # from one stage to the next
+        if stage == "training":
+            done, total = live[State.READY], self.run_config.step_rollouts
         self._next_pulse = now + PULSE_INTERVAL_S
         running = live[State.RUNNING] + live[State.SCORED]
         self.journal.pulse(
@@ -749,3 +808,10 @@ class Controller:
             f"the learner {learner}",
             *turn,
         ]
+
+
+def _generator(peer: Peer) -> GeneratorReading:
+    connection = "silent" if peer.silent else "live" if peer.weights is not None else "no_weights"
+    version = None if peer.weights is None else peer.weights.version
+    tokens, gauges = (0, dict[str, float]()) if peer.activity is None else (peer.activity.tokens, peer.activity.gauges)
+    return GeneratorReading(peer.name, connection, version, peer.held, peer.free, tokens, gauges)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -38,6 +37,8 @@ class Peer:
     """Rollouts it was given in all since its Hello."""
     leases: dict[int, GroupLease] = field(default_factory=dict[int, GroupLease])
     """group id -> what it still works on"""
+    since: dict[int, float] = field(default_factory=dict[int, float])
+    """group id -> loop time of its lease"""
     held: int = 0
     """Rollouts in `leases`."""
 
@@ -104,12 +105,13 @@ class Generators:
         return min((peer.counted.version for peer in self.peers.values() if peer.counted is not None), default=0)
 
     def gauges(self) -> dict[str, float]:
-        """Of their engines, added up."""
-        total = Counter[str]()
+        """Of their engines, added up; of shares (`_used`) the largest."""
+        total: dict[str, float] = {}
         for peer in self.peers.values():
-            if peer.activity is not None:
-                total.update(peer.activity.gauges)
-        return dict(total)
+            for name, value in (peer.activity.gauges if peer.activity is not None else {}).items():
+                before = total.get(name, 0)
+                total[name] = max(before, value) if name.endswith("_used") else before + value
+        return total
 
     def holder(self, group_id: int, member: int) -> Peer | None:
         """Who works on a rollout."""
@@ -197,6 +199,7 @@ class Generators:
         heapq.heappush(self._freest, (-peer.free, peer.id))
         held = peer.leases.setdefault(lease.group_id, msgspec.structs.replace(lease, members=[], segments=[]))
         held.members.extend(lease.members)
+        peer.since.setdefault(lease.group_id, asyncio.get_running_loop().time())
 
     def _most_free(self) -> Peer | None:
         while self._freest:
@@ -218,7 +221,7 @@ class Generators:
                 peer.held -= 1
                 self._room -= 1  # its next Credit returns it
         if not lease.members:
-            del peer.leases[group_id]
+            del peer.leases[group_id], peer.since[group_id]
 
     def forget(self, group_id: int, members: Iterable[int]) -> None:
         """Nobody is to begin these members any more."""

@@ -34,6 +34,11 @@ class MismatchAlarm:
             self._dtypes.pop(role, None)
             self._dtypes[f"{role} {name}"] = dtype
 
+    @property
+    def on(self) -> bool:
+        """It was said, and is not over."""
+        return self._over >= IN_A_ROW
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step without a token at equal version says nothing about it."""
         tokens = metrics.get("equal_version_tokens", 0.0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from async_rl.controller.backoff import Backoff
 from async_rl.controller.generators import Generators, Peer
 from async_rl.controller.weight_routes import WeightRoutes
+from async_rl.telemetry.totals import Totals
 from async_rl.wire.messages import ToGenerator, ToLearner, WeightsAnnounce, WeightsId
 
 SLOW_RETRY_S = 1.0
@@ -26,6 +27,8 @@ class WeightDelivery:
     Args:
         to_generator, to_learner: put a message on a stream. `to_learner` drops it while there is no learner.
         say: gets one line for the user.
+        totals: is told of what became live, and of what did not.
+        clock: seconds.
     """
 
     def __init__(
@@ -36,7 +39,12 @@ class WeightDelivery:
         to_generator: Callable[[str, ToGenerator], None],
         to_learner: Callable[[ToLearner], None],
         say: Callable[[str], None],
+        totals: Totals,
+        clock: Callable[[], float],
     ) -> None:
+        self._totals, self._clock = totals, clock
+        self._announced_at: dict[tuple[str, WeightsId], float] = {}
+        """(transport, weights) -> when; the newest of each transport."""
         self._routes = WeightRoutes(transport)
         self._retries = Backoff()
         """By generator, or by GROUP."""
@@ -86,12 +94,17 @@ class WeightDelivery:
         """The learner has new weights, or they can now be had in one more way."""
         if announce.changed is not None:
             self.changed = announce.changed
+        for known in [known for known in self._announced_at if known[0] == announce.transport]:
+            if known[1] < announce.weights:  # who takes the former ones now is timed from the newest
+                del self._announced_at[known]
+        self._announced_at.setdefault((announce.transport, announce.weights), self._clock())
         for peer in self._routes.announced(announce, self._generators.peers.values()):
             self._to_generator(peer.id, announce)
 
-    def live(self, peer: Peer, weights: WeightsId) -> None:
+    def live(self, peer: Peer, weights: WeightsId, stall_s: float = 0.0) -> None:
         """A generator samples from these from now on."""
         peer.weights = weights
+        self._count(peer, weights, stall_s)
         self.live_updates += 1
         self._retries.worked(peer.name)
         if all(one.weights == weights for one in self._generators.peers.values()):
@@ -102,6 +115,7 @@ class WeightDelivery:
     def failed(self, peer: Peer, weights: WeightsId, reason: str) -> None:
         """They did not reach this generator."""
         log.warning("weights %d did not reach %s: %s", weights.version, peer.name, reason)
+        self._totals.swap_failures[self._routes.transport(peer)] += 1
         problem = f"weights {weights.version} do not reach {peer.name}: {reason}"
         again = self._routes.failed(peer, weights)
         if again is not None:
@@ -114,6 +128,12 @@ class WeightDelivery:
         log.warning("weights %d were not published: %s", weights.version, reason)
         self._routes.group_failed(missing)
         self._try_again(GROUP, self.regroup, f"weights {weights.version} were not published: {reason}")
+
+    def _count(self, peer: Peer, weights: WeightsId, stall_s: float) -> None:
+        transport = self._routes.transport(peer)
+        at = self._announced_at.get((transport, weights))
+        nbytes = self._routes.nbytes(transport)
+        self._totals.weights_live(transport, None if at is None else self._clock() - at, stall_s, nbytes)
 
     def close(self) -> None:
         """Nothing is tried any more."""

@@ -57,6 +57,11 @@ class WeightRoutes:
         meant = self._meant(peer)
         return "http" if meant == "process_group" and peer.name not in self._members else meant
 
+    def nbytes(self, transport: Transport) -> int:
+        """Of what was announced last on it."""
+        announce = self._announced.get(transport)
+        return 0 if announce is None else announce.nbytes
+
     def announced(self, announce: WeightsAnnounce, peers: Iterable[Peer]) -> list[Peer]:
         """Whom to tell."""
         self._announced[announce.transport] = announce

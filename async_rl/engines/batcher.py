@@ -135,6 +135,16 @@ class Batcher:
         """A step would sample something."""
         return self._live is not None and bool(self._slot_of or len(self._waiting))
 
+    @property
+    def num_running(self) -> int:
+        """Sequences in slots. From any thread."""
+        return len(self._slot_of)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot. From any thread."""
+        return len(self._waiting)
+
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that can never be served."""
         validation.check(request, vocabulary=self._decoder.vocabulary, max_length=self.max_length)

@@ -150,7 +150,10 @@ class EmbeddedEngine:
         return self._stopwatch.read() if self._stopwatch else dict.fromkeys(CAUSES, 0.0)
 
     def gauges(self) -> dict[str, float]:
-        return {}
+        """`cache_used`: share of the KV cache that belongs to sequences. A slot is as long as a sequence may become."""
+        running, slots = self._batcher.num_running, self._batcher.slots
+        waiting = self._batcher.num_waiting
+        return {"running": running, "waiting": waiting, "slots": slots, "cache_used": running / slots}
 
     async def stop(self) -> None:
         """The thread ends after the step in progress; requests still in the engine get no more chunks."""

@@ -171,11 +171,11 @@ class LearnerService:
 
     async def _begin_checkpoint(self) -> asyncio.Future[Path]:
         """Copied when this returns; written, and the controller told so, while training goes on."""
-        version = self._learner.version
+        version, began = self._learner.version, self._loop.time()
         writing: Future[Path] = await self._in_thread("checkpoint", self._learner.begin_checkpoint)
         saved = asyncio.wrap_future(writing)
         self._saving = version, saved
-        self._tasks.create_task(self._tell_when_saved(version, saved), name=f"checkpoint {version}")
+        self._tasks.create_task(self._tell_when_saved(version, saved, began), name=f"checkpoint {version}")
         return saved
 
     async def _finish_checkpoint(self) -> None:
@@ -187,9 +187,9 @@ class LearnerService:
             path = await (await self._begin_checkpoint())
         self._transport.send(CheckpointSaved(version, str(path)))
 
-    async def _tell_when_saved(self, version: int, saved: asyncio.Future[Path]) -> None:
+    async def _tell_when_saved(self, version: int, saved: asyncio.Future[Path], began: float) -> None:
         path = await saved
-        self._transport.send(CheckpointSaved(version, str(path)))
+        self._transport.send(CheckpointSaved(version, str(path), self._loop.time() - began))
 
     def _request(self, step: int) -> None:
         if self._requested < step < self._config.steps:

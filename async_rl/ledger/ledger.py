@@ -260,7 +260,13 @@ class Ledger:
             self._end(group, members, "trained", "", step)
             for member in members:
                 group.results.pop(member, None)
-        self.run = msgspec.structs.replace(self.run, best_known_version=step + 1)
+        record = self.steps[step]
+        self.run = msgspec.structs.replace(
+            self.run,
+            best_known_version=step + 1,
+            weighted_tokens=self.run.weighted_tokens + record.weighted_tokens,
+            stale_tokens=self.run.stale_tokens + record.stale_tokens,
+        )
         return groups
 
     def checkpoint(self, version: int, *, keep: Keep = "none") -> None:
@@ -355,6 +361,9 @@ class Ledger:
             self._drop_segments(group, member)
         self._put(records.event_key(self.run.next_event), EventRecord(group.id, list(members), event, reason, step))
         self._count(next_event=1, **{event: len(members)})
+        if reason:
+            reasons = records.count_reason(self.run.reasons, event, reason, len(members))
+            self.run = msgspec.structs.replace(self.run, reasons=reasons)
         self._move(group, members, State[event.upper()])
         self.on_end(group, members, event, reason)
 

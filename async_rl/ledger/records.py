@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -39,6 +39,12 @@ class RunRecord(msgspec.Struct, frozen=True):
     controller before they were durable. What was sampled since the last report is not known and not in here."""
     regenerated_most: int = 0
     """The most that one rollout lost at one death: at most rollout.segment_tokens, if that is not 0."""
+    weighted_tokens: int = 0
+    """Of the steps trained so far, each counted once: tokens within the staleness bound."""
+    stale_tokens: int = 0
+    """The same for tokens over it, which had no weight."""
+    reasons: dict[str, dict[str, int]] = {}
+    """terminal event -> kind of reason (`reason_kind`) -> rollouts"""
 
 
 class GroupRecord(msgspec.Struct, frozen=True):
@@ -82,6 +88,33 @@ class EventRecord(msgspec.Struct, frozen=True):
 
 
 RUN = b"run"
+MAX_KINDS = 20
+"""Kinds of reasons that are told apart by event; what comes after them is "other"."""
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without its particulars, so that there are few: user code words its errors as it likes.
+
+    >>> reason_kind("ValueError: no number in 'x = y'"), reason_kind("stale"), reason_kind("no progress for 600 s")
+    ('ValueError', 'stale', 'no progress')
+    """
+    if reason.startswith("no progress for "):
+        return "no progress"
+    if " generators died with it" in reason:
+        return "generators died"
+    kind = reason.partition(":")[0]
+    return kind if kind.replace("_", "").isalnum() and len(kind) <= 40 else "other" if kind else ""
+
+
+Reasons: TypeAlias = dict[str, dict[str, int]]
+
+
+def count_reason(reasons: Reasons, event: str, reason: str, rollouts: int) -> Reasons:
+    """`reasons` with so many rollouts more. A RunRecord is frozen, and may be on its way to the disk: a copy."""
+    kinds, kind = reasons.get(event, {}), reason_kind(reason)
+    if kind not in kinds and len(kinds) >= MAX_KINDS:
+        kind = "other"
+    return {**reasons, event: {**kinds, kind: kinds.get(kind, 0) + rollouts}}
 
 
 def group_key(group_id: int) -> bytes:

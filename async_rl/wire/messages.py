@@ -346,6 +346,8 @@ class CheckpointSaved(msgspec.Struct, frozen=True, tag=True):
 
     version: int
     path: str
+    seconds: float = 0.0
+    """From the copy in memory to the rename on disk; 0 where none was written."""
 
 
 # --- training stream: controller -> learner ------------------------------------------------------------------

@@ -124,6 +124,12 @@ def test_the_admin_endpoint_steers_a_run(train: Any, tmp_path: Path) -> None:
 
     status = call("/status", "GET")
     assert status["step"] >= 1 and status["learner"] and status["generators"][0]["name"] == "generator-0"
+    with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    assert lines["async_rl_rollouts_unaccounted"] == "0.0" and float(lines["async_rl_steps_total"]) >= status["step"]
+    assert 'async_rl_engine_running{generator="generator-0"}' in lines
+    assert float(lines['async_rl_weight_stall_seconds_count{transport="shared_memory"}']) >= 1
     assert call("/pause", "POST") == {"paused": True} and call("/status", "GET")["paused"]
     assert "exact" in call("/evaluate", "POST"), "evaluation runs while admission is closed"
     assert call("/resume", "POST") == {"paused": False}
