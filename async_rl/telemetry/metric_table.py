@@ -229,8 +229,13 @@ SECTIONS: Sequence[Section] = (
             gauges(
                 "equal_version_mismatch_nats",
                 "of",
-                "The same under the same weights: there it should be rounding.",
-                of_rows(mean="equal_version_gap", max="equal_version_gap_max", k3="equal_version_k3"),
+                "The same under the same weights; limit: what the alarm lets the mean be.",
+                of_rows(
+                    mean="equal_version_gap",
+                    max="equal_version_gap_max",
+                    k3="equal_version_k3",
+                    limit="equal_version_limit",
+                ),
             ),
             gauges(
                 "length_tokens",

@@ -163,6 +163,7 @@ def evaluation_metrics(reading: Reading) -> Iterable[Value]:
 _KEYS = (
     "reward reward_std ess_frac ess_frac_raw stale_fraction guarded_fraction clip_fraction_low clip_fraction_high "
     "clip_fraction_dual masked_fraction early_fraction equal_version_gap equal_version_gap_max equal_version_k3 "
+    "equal_version_limit "
     "completion_length_mean sequence_length_mean sequence_length_max entropy kl_k3 grad_norm loss learning_rate "
     "weights_changed train_s lag_mean lag_p95 lag_max head_lag_mean head_lag_max version step wall_s timestamp epoch "
     "lineage ready running tokens samples tokens_per_cpu_s"
