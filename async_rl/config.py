@@ -46,6 +46,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: float = 600.0
     """An episode without progress for so long (no token, no call of the policy) is a failed rollout. One that
     progresses is never ended for its age."""
+    endpoint_host: str = "127.0.0.1"
+    """Where the OpenAI-compatible endpoint for agents listens in each generator, at any free port, once an episode
+    opens it (docs/environments.md). Elsewhere than on loopback it is plain HTTP, for a network that is trusted."""
     failures_in_a_row: int | None = None
     """So many training episodes that failed, and none in between that did not, stop the run; default: as many as four
     steps hold, at least 64."""

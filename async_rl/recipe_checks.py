@@ -110,6 +110,12 @@ def _addresses(run: Run) -> None:
     relay = run.weights.relay_url
     demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
     demand(
+        run.environment.endpoint_host not in ("", "0.0.0.0", "::"),
+        "environment.endpoint_host",
+        run.environment.endpoint_host,
+        "write the one address at which agents reach the generator's machine; it is part of the URL they get",
+    )
+    demand(
         run.controller.host in LOOPBACK,
         "controller.host",
         run.controller.host,

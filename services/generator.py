@@ -51,6 +51,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
         run_host=on_thread,
         colocated=run.colocated,
         dtype=run.generator.dtype,
+        endpoint_host=run.environment.endpoint_host,
     )
     parent.ready()
     try:

@@ -21,6 +21,7 @@ import math
 import pkgutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,30 @@ from async_rl.tasks.source import TaskSource
 from async_rl.wire.messages import FinishReason, Task
 
 Message: TypeAlias = Mapping[str, Any]
-"""{"role": "system" | "user" | "assistant", "content": text}"""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may hold "tool_calls" and
+"reasoning_content" besides, in OpenAI's form."""
+
+Tool: TypeAlias = Mapping[str, Any]
+"""{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema of the arguments}}"""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call as the policy wrote it: nothing says that the tool exists, or takes these arguments."""
+
+    id: str
+    """Unique in the episode."""
+    name: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """As it stands in `tool_calls` of a message."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": dict(self.arguments)}}
+
+    def result(self, content: str) -> dict[str, Any]:
+        """The message that answers it."""
+        return {"role": "tool", "tool_call_id": self.id, "name": self.name, "content": content}
 
 
 class Reply(Protocol):
@@ -40,7 +64,27 @@ class Reply(Protocol):
 
     @property
     def text(self) -> str:
-        """Decoded, without special tokens."""
+        """All of it, decoded without special tokens."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """Without thoughts, and without calls of tools."""
+        ...
+
+    @property
+    def reasoning(self) -> str | None:
+        """The thoughts, if the model's template knows them and there are any."""
+        ...
+
+    @property
+    def tool_calls(self) -> Sequence[ToolCall]:
+        """Empty, if `chat` got no tools."""
+        ...
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """To be appended to the conversation."""
         ...
 
     @property
@@ -52,15 +96,48 @@ class Reply(Protocol):
     def finish_reason(self) -> FinishReason: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where an OpenAI client finds the policy of this episode, and of no other."""
+
+    base_url: str
+    """http://HOST:PORT/v1"""
+    api_key: str
+    model: str
+
+
 class Policy(Protocol):
     """The policy under training; the only seam an environment sees."""
 
-    async def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None) -> Reply:
-        """The reply to a conversation under the model's chat template."""
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """The reply to a conversation under the model's chat template.
+
+        Args:
+            tools: what the policy may call; the calls it writes are in `reply.tool_calls`.
+            stop: texts that end the reply.
+        """
         ...
 
-    async def complete(self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None) -> Reply:
+    async def complete(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Reply:
         """The continuation of a text, or of token ids."""
+        ...
+
+    def endpoint(self, *, ignore: Sequence[str] = ()) -> AbstractAsyncContextManager[Endpoint]:
+        """An OpenAI-compatible server, in whose place this policy answers, for an agent that is code of its own.
+
+        Args:
+            ignore: parameters that the agent cannot help sending, such as "temperature", and that are not heeded;
+                without it a request that would sample from another distribution than the trained one is refused.
+        """
         ...
 
 

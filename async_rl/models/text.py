@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from async_rl.errors import UserError
+from async_rl.models.tool_text import check_tools, in_words, plain_messages
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -29,17 +30,30 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         ) from None
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation under the model's chat template, ready for the reply to be sampled.
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """A conversation under the model's chat template, ready for the reply to be sampled. Where the template knows no
+    tools, they, their calls and their results are written in words.
 
     Raises:
-        UserError: the tokenizer has no chat template, or it refuses these messages.
+        UserError: the tokenizer has no chat template, or it refuses these messages; a message or a tool is none.
     """
     if tokenizer.chat_template is None:
         raise UserError("this model has no chat template: give a prompt as text, or train an instruct model")
+    check_tools(tools)
+    said = plain_messages(messages)
+    knows_tools = "tools" in template_source(tokenizer)
+    if not knows_tools:
+        said = in_words(said, tools)
     try:
         rendered = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            said,
+            tools=[dict(tool) for tool in tools] if tools and knows_tools else None,
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except (TemplateError, TypeError, KeyError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -47,6 +61,12 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
             f"the model's chat template refuses messages of the roles {roles}: {error}; write messages that it takes"
         ) from error
     return cast(str, rendered)
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; of several by name, all of them."""
+    template: Any = tokenizer.chat_template
+    return template if isinstance(template, str) else "".join(dict(template or {}).values())
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -17,17 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from async_rl.environments.api import Message
+from async_rl.environments.api import Message, Tool
+from async_rl.rollout.replies import THINK, Called, read_reply
 
 
 class Text(Protocol):
     """The tokenizer, as far as rollouts need it (tokenizer_text for real models)."""
 
     stop_tokens: frozenset[int]
+    thinks: bool
+    """The chat template knows thoughts."""
 
     def encode(self, text: str) -> tuple[int, ...]: ...
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """A conversation under the chat template, ready for the reply."""
         ...
 
@@ -45,6 +48,11 @@ class Prompt:
     tokens: tuple[int, ...]
     text: str
 
+    @property
+    def opens_thoughts(self) -> bool:
+        """The reply begins among thoughts."""
+        return self.text.rstrip().endswith(THINK)
+
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
@@ -60,8 +68,8 @@ class Conversations:
         self._turns: list[_Turn] = []
         """From the shortest prompt to the longest; of equal ones the latest last."""
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        rendered = self._text.render(messages)
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
+        rendered = self._text.render(messages, tools)
         for turn in reversed(self._turns):
             rest = self._after(turn, rendered)
             if rest is not None:
@@ -73,6 +81,11 @@ class Conversations:
         if tokens:
             self._turns.append(_Turn(prompt, tuple(tokens)))
             self._turns.sort(key=lambda turn: (len(turn.prompt.text), len(turn.prompt.tokens)))
+
+    def _meaning(self, turn: _Turn, said: str) -> tuple[str, str | None, list[Called]]:
+        """Templates write thoughts and calls of tools in their own way."""
+        read = read_reply(said, thinks=self._text.thinks, opened=turn.prompt.opens_thoughts, tools=True)
+        return read.content.strip(), read.reasoning, read.calls
 
     def _after(self, turn: _Turn, rendered: str) -> tuple[int, ...] | None:
         """The tokens after the reply of `turn`; None if the conversation does not go on from there."""
@@ -87,7 +100,7 @@ class Conversations:
             cut = len(said)
             if any(rest.startswith(stop, cut) for stop in stops.values()):
                 return None  # it writes another stop than was sampled
-        if rest[:cut].strip() != said.strip():
+        if rest[:cut].strip() != said.strip() and self._meaning(turn, rest[:cut]) != self._meaning(turn, said):
             return None
         tail = text.encode(rest[cut:])  # with the stop before it, so that no text begins in the middle
         return tail[1:] if last in stops and tail[:1] == (last,) else tail

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from async_rl.engines.protocol import Chunk, Request, Swap
 from async_rl.rollout.conversations import Text
+from async_rl.rollout.openai_server import OpenAIServer
 from async_rl.rollout.segments import OpenCall
 from async_rl.wire.messages import GroupLease, Segment
 
@@ -60,6 +61,10 @@ class Desk(Protocol):
         """False once its rollout was cancelled, failed or yielded, whatever its code still does."""
         ...
 
+    async def endpoint(self) -> OpenAIServer:
+        """Started, if it is the first time. Raises UserError: it cannot listen where the recipe says."""
+        ...
+
     def leave(self, policy: Asking) -> None:
         """Forget this rollout without a report; its task is cancelled."""
         ...
@@ -70,7 +75,16 @@ class LiveRequest:
     """With the engine now."""
 
     call: OpenCall
+    stop: tuple[str, ...] = ()
+    """Texts that end it."""
     chunks: list[Chunk] = field(default_factory=list[Chunk])
+    pending: list[Chunk] = field(default_factory=list[Chunk])
+    """Those of them that are not durable."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Sampled in this call, under earlier leases too."""
+        return [token for chunk in (*self.call.recorded, *self.chunks) for token in chunk.tokens.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +110,7 @@ class Requests:
     def receive(self, chunk: Chunk, delivered: int) -> LiveRequest:
         live = self.live[chunk.request_id]
         live.chunks.append(chunk)
+        live.pending.append(chunk)
         if chunk.finish_reason is not None:
             self._ended.append(_Ended(chunk.request_id, sum(len(one.tokens) for one in live.chunks), delivered))
         return live

@@ -17,6 +17,7 @@ from async_rl.engines.protocol import Chunk, Engine, Request, Swap
 from async_rl.environments.api import Environment, Reward
 from async_rl.rollout.conversations import Text
 from async_rl.rollout.desk import Asking
+from async_rl.rollout.openai_server import OpenAIServer
 from async_rl.rollout.policy import RecordedPolicy
 from async_rl.rollout.progress import NoProgress, progress_timeout
 from async_rl.telemetry.activity import Tracker
@@ -47,6 +48,7 @@ class EpisodeHost:
         report: gets the Finished and Failed messages of one turn of the loop, on the host's loop.
         persist: gets the segments of one turn of the loop, before `report` gets what ended in it.
         timeout_s: an episode without progress for so long is failed.
+        endpoint_host: where the endpoint for agents listens, once an episode asks for it.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class EpisodeHost:
         report: Callable[[list[Finished | Failed]], None],
         clock: Callable[[], float],
         persist: Callable[[list[Segment]], None] = _nowhere,
+        endpoint_host: str = "127.0.0.1",
     ) -> None:
         self.text = text
         self.tracker = Tracker("wait_lease", clock=clock)
@@ -81,15 +84,19 @@ class EpisodeHost:
         self._request_id = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._closing = asyncio.Event()
+        self._openai = OpenAIServer(endpoint_host)
 
     async def run(self) -> None:
         """Until `close`; then every episode is cancelled. Errors of ours, not of user code, raise from here."""
         self.loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as self._tasks:
-            self._started()
-            await self._closing.wait()
-            for task, _ in list(self._episodes.values()):
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._started()
+                await self._closing.wait()
+                for task, _ in list(self._episodes.values()):
+                    task.cancel()
+        finally:
+            await self._openai.stop()
 
     def close(self) -> None:
         self._closing.set()
@@ -192,6 +199,10 @@ class EpisodeHost:
     def runs(self, policy: Asking) -> bool:
         episode = self._episodes.get((policy.lease.group_id, policy.member))
         return episode is not None and episode[1] is policy
+
+    async def endpoint(self) -> OpenAIServer:
+        await self._openai.start()
+        return self._openai
 
     def leave(self, policy: Asking) -> None:
         task, _ = self._episodes.pop((policy.lease.group_id, policy.member))

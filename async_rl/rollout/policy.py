@@ -12,32 +12,32 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
 from async_rl.engines.protocol import Chunk, Request, Swap
 from async_rl.engines.sampling import call_key, rollout_key
 from async_rl.engines.validation import check_length
-from async_rl.environments.api import Message
-from async_rl.rollout.conversations import Conversations, Text
+from async_rl.environments.api import Endpoint, Message, Tool
+from async_rl.rollout.conversations import Conversations, Prompt
 from async_rl.rollout.desk import Desk, LiveRequest, Requests
+from async_rl.rollout.openai_requests import Question
 from async_rl.rollout.recorder import Recorder
-from async_rl.rollout.segments import CallNumbers, OpenCall, empty_chunk, recorded_calls
+from async_rl.rollout.reply import NoRoom, RecordedReply
+from async_rl.rollout.segments import CallNumbers, OpenCall, empty_chunk, first_tokens, join, recorded_calls
+from async_rl.rollout.stop_text import LOOK_EVERY_TOKENS, tokens_to_stop
 from async_rl.wire.messages import FinishReason, GroupLease, Segment
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedReply:
-    """What a call returned; the text is decoded when it is read."""
-
-    decoder: Text
-    tokens: list[int]
-    finish_reason: FinishReason
-
-    @property
-    def text(self) -> str:
-        return self.decoder.decode(self.tokens)
+class _Asked:
+    prompt: Prompt
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    tools: bool
+    fit: bool
 
 
 class RecordedPolicy:
@@ -66,15 +66,49 @@ class RecordedPolicy:
         """Their segments, where nothing is made durable before the rollout yields."""
         self._progress_at = desk.time()
 
-    async def chat(self, messages: Sequence[Message], *, max_new_tokens: int | None = None) -> RecordedReply:
-        prompt = self._conversations.prompt(messages)
-        reply = await self._call(prompt.tokens, max_new_tokens)
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        fit: bool = False,
+    ) -> RecordedReply:
+        """`fit`: fewer tokens, where the engine holds no more, instead of a ValueError."""
+        prompt = self._conversations.prompt(messages, tools)
+        reply = await self._call(_Asked(prompt, max_new_tokens, tuple(stop), bool(tools), fit))
         self._conversations.said(prompt, reply.tokens)
         return reply
 
-    async def complete(self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None) -> RecordedReply:
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        fit: bool = False,
+    ) -> RecordedReply:
         tokens = self._desk.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        return await self._call(tokens, max_new_tokens)
+        return await self._call(_Asked(Prompt(tokens, ""), max_new_tokens, tuple(stop), False, fit))
+
+    @asynccontextmanager
+    async def endpoint(self, *, ignore: Sequence[str] = ()) -> AsyncGenerator[Endpoint]:
+        server = await self._desk.endpoint()
+        with server.open(self, ignore) as opened:
+            yield opened
+
+    # --- for the endpoint -------------------------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> float | None:
+        return self.lease.sampling.temperature if self.lease.purpose == "train" else None
+
+    async def answer(self, question: Question) -> RecordedReply:
+        limit, stop = question.max_new_tokens, question.stop
+        if question.messages:
+            return await self.chat(question.messages, tools=question.tools, max_new_tokens=limit, stop=stop, fit=True)
+        return await self.complete(question.prompt, max_new_tokens=limit, stop=stop, fit=True)
 
     # --- for the host -----------------------------------------------------------------------------------------
 
@@ -100,8 +134,13 @@ class RecordedPolicy:
     def receive(self, chunk: Chunk, delivered: int) -> None:
         self._progress_at = self._desk.time()
         live = self._requests.receive(chunk, delivered)
-        if chunk.finish_reason is None:
-            self._persist(live.call, chunk, None)
+        if chunk.finish_reason is not None:
+            return
+        if live.stop and tokens_to_stop(self._desk.text, live.tokens, live.stop) is not None:
+            self._desk.recall([chunk.request_id])
+        elif not live.stop or 0 < self._segment_tokens <= sum(len(one.tokens) for one in live.pending):
+            self._persist(live.call, join(live.pending), None)
+            live.pending.clear()
 
     def sampled_at(self, swap: Swap) -> int:
         """How many tokens the episode had when these weights went live, over all calls and leases."""
@@ -109,27 +148,50 @@ class RecordedPolicy:
 
     # --- one call ---------------------------------------------------------------------------------------------
 
-    async def _call(self, prompt: tuple[int, ...], max_new_tokens: int | None) -> RecordedReply:
+    async def _call(self, asked: _Asked) -> RecordedReply:
         if not self._desk.runs(self):
             raise asyncio.CancelledError
         self._progress_at = self._desk.time()
         try:
-            return await self._answer(prompt, max_new_tokens)
+            return await self._answer(asked)
         finally:
             self._progress_at = self._desk.time()
 
-    async def _answer(self, prompt: tuple[int, ...], max_new_tokens: int | None) -> RecordedReply:
-        most = self.lease.sampling.max_new_tokens
+    async def _answer(self, asked: _Asked) -> RecordedReply:
+        limit, prompt = self._limit(asked), asked.prompt
         self._settle()
-        call = self._numbers.begin(prompt)
+        call = self._numbers.begin(prompt.tokens)
         chunks = call.recorded
         if not chunks or chunks[-1].finish_reason is None:
-            chunks = [*chunks, *await self._sample(call, min(most, max_new_tokens or most))]
-        self.recorder.call(prompt, chunks)
-        tokens = [token for chunk in chunks for token in chunk.tokens.tolist()]
-        reason = chunks[-1].finish_reason
-        assert reason is not None
-        return RecordedReply(self._desk.text, tokens, reason)
+            chunks = [*chunks, *await self._sample(call, limit, asked.stop)]
+        self.recorder.call(prompt.tokens, chunks)
+        whole = join(chunks)
+        assert whole.finish_reason is not None
+        return RecordedReply(
+            self._desk.text,
+            whole.tokens.tolist(),
+            whole.logprobs.tolist(),
+            whole.finish_reason,
+            call.index,
+            len(prompt.tokens),
+            prompt.opens_thoughts,
+            asked.tools,
+            asked.stop,
+        )
+
+    def _limit(self, asked: _Asked) -> int:
+        """How many tokens the reply may have."""
+        most = self.lease.sampling.max_new_tokens
+        limit = min(most, asked.max_new_tokens or most)
+        if not asked.fit or not self._desk.max_length:
+            return limit
+        room = self._desk.max_length - len(asked.prompt.tokens)
+        if room < 1:
+            raise NoRoom(
+                f"the prompt has {len(asked.prompt.tokens)} tokens: a sequence holds at most "
+                f"{self._desk.max_length}, the reply included"
+            )
+        return min(limit, room)
 
     def _settle(self) -> None:
         """Calls that ended before another one are over for good, so they become durable to their end. The last one's
@@ -143,21 +205,14 @@ class RecordedPolicy:
             else:
                 self._held_back.append(segment)
 
-    async def _sample(self, call: OpenCall, limit: int) -> list[Chunk]:
+    async def _sample(self, call: OpenCall, limit: int, stop: tuple[str, ...]) -> list[Chunk]:
         """The rest of a call of at most `limit` tokens. Does not return when the lease's budget ends before it."""
         if call.durable >= limit:  # the limit was lowered since
             return [empty_chunk("length")]
-        request = Request(
-            id=self._desk.next_request_id(),
-            prompt=call.prompt + tuple(token for chunk in call.recorded for token in chunk.tokens.tolist()),
-            max_new_tokens=limit - call.durable,
-            key=call_key(self._key, call.index),
-            temperature=self.lease.sampling.temperature,
-            position=call.durable,
-            stop=self._desk.text.stop_tokens,
-            segment_tokens=self._segment_tokens or None,
-        )
-        cut = False
+        request, cut = self._request(call, limit), False
+        if stop:
+            pieces = min(LOOK_EVERY_TOKENS, self._segment_tokens or LOOK_EVERY_TOKENS)
+            request = dataclasses.replace(request, segment_tokens=pieces)
         if self._wanted_back:
             await self._yield(call, empty_chunk())
         if self._lease_tokens:
@@ -167,10 +222,12 @@ class RecordedPolicy:
                 await self._yield(call, empty_chunk())
             if budget < request.max_new_tokens:
                 request, cut = dataclasses.replace(request, max_new_tokens=budget), True
-        chunks = await self._ask(request, call)
-        self._sampled += sum(len(chunk.tokens) for chunk in chunks)
-        last = chunks[-1]
+        live = await self._ask(request, LiveRequest(call, stop))
+        last = join(live.pending)
         reason = last.finish_reason
+        if stop and (count := tokens_to_stop(self._desk.text, live.tokens, stop)) is not None:
+            last, reason = first_tokens(last, count - call.durable, "stop"), "stop"
+        self._sampled += call.durable - request.position + len(last.tokens)
         if (cut and reason == "length") or (self._wanted_back and reason == "aborted"):
             await self._yield(call, last)
         if self._parked and not self._requests.live:
@@ -178,17 +235,29 @@ class RecordedPolicy:
         if self.lease.purpose == "train":
             call.last = last
             self._over.append(call)
-        return chunks
+        return [*live.chunks[: len(live.chunks) - len(live.pending)], last]
 
-    async def _ask(self, request: Request, call: OpenCall) -> list[Chunk]:
-        """All chunks of a request. If the environment stops to wait for it, the engine lets go of it."""
-        live = self._requests.live[request.id] = LiveRequest(call)
+    def _request(self, call: OpenCall, limit: int) -> Request:
+        return Request(
+            id=self._desk.next_request_id(),
+            prompt=call.prompt + tuple(token for chunk in call.recorded for token in chunk.tokens.tolist()),
+            max_new_tokens=limit - call.durable,
+            key=call_key(self._key, call.index),
+            temperature=self.lease.sampling.temperature,
+            position=call.durable,
+            stop=self._desk.text.stop_tokens,
+            segment_tokens=self._segment_tokens or None,
+        )
+
+    async def _ask(self, request: Request, live: LiveRequest) -> LiveRequest:
+        """Until its last chunk. If the environment stops to wait for it, the engine lets go of it."""
+        self._requests.live[request.id] = live
         try:
             await self._desk.ask(request, self)
         finally:
             self._desk.withdraw(request.id)
             del self._requests.live[request.id]
-        return live.chunks
+        return live
 
     def _persist(self, call: OpenCall, chunk: Chunk, reason: FinishReason | None, *, yielded: bool = False) -> None:
         self._desk.persist(call.segment(self.lease, self.member, chunk, reason, yielded=yielded))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from async_rl.engines.protocol import Chunk, Float32s, Int32s
+from async_rl.rollout.segments import shifted
 from async_rl.wire.messages import FinishReason, VersionSpan
 from async_rl.wire.messages import Sequence as WireSequence
 
@@ -35,16 +36,16 @@ class _Open:
         start = self.length
         self.sampled.append((start, chunk.logprobs))
         for span in chunk.spans:
-            shifted = VersionSpan(start + span.start, start + span.end, span.version, span.kv_version)
+            fresh = shifted(span, start)
             previous = self.spans[-1] if self.spans else None
             if previous is not None and (previous.end, previous.version, previous.kv_version) == (
-                shifted.start,
-                shifted.version,
-                shifted.kv_version,
+                fresh.start,
+                fresh.version,
+                fresh.kv_version,
             ):
-                self.spans[-1] = VersionSpan(previous.start, shifted.end, shifted.version, shifted.kv_version)
+                self.spans[-1] = VersionSpan(previous.start, fresh.end, fresh.version, fresh.kv_version)
             else:
-                self.spans.append(shifted)
+                self.spans.append(fresh)
         self.extend(chunk.tokens)
 
     def flat(self) -> Int32s:

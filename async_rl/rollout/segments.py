@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from async_rl.engines.protocol import Chunk
-from async_rl.wire.messages import FinishReason, GroupLease, Segment
+from async_rl.wire.messages import FinishReason, GroupLease, Segment, VersionSpan
 
 
 def prompt_crc(prompt: Sequence[int]) -> int:
@@ -27,6 +27,34 @@ def prompt_crc(prompt: Sequence[int]) -> int:
 def empty_chunk(finish_reason: FinishReason | None = None) -> Chunk:
     """No tokens."""
     return Chunk(0, np.empty(0, np.int32), np.empty(0, np.float32), [], finish_reason)
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """One chunk of all, at least one, as the last one ended."""
+    if len(chunks) == 1:
+        return chunks[0]
+    spans: list[VersionSpan] = []
+    start = 0
+    for chunk in chunks:
+        spans += [shifted(span, start) for span in chunk.spans]
+        start += len(chunk.tokens)
+    tokens = np.concatenate([chunk.tokens for chunk in chunks])
+    logprobs = np.concatenate([chunk.logprobs for chunk in chunks])
+    return Chunk(chunks[-1].request_id, tokens, logprobs, spans, chunks[-1].finish_reason)
+
+
+def first_tokens(chunk: Chunk, count: int, reason: FinishReason) -> Chunk:
+    """The chunk, ended after `count` tokens."""
+    spans = [
+        VersionSpan(span.start, min(span.end, count), span.version, span.kv_version)
+        for span in chunk.spans
+        if span.start < count
+    ]
+    return Chunk(chunk.request_id, chunk.tokens[:count], chunk.logprobs[:count], spans, reason)
+
+
+def shifted(span: VersionSpan, by: int) -> VersionSpan:
+    return VersionSpan(span.start + by, span.end + by, span.version, span.kv_version)
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from async_rl.environments.api import Message
+from async_rl.environments.api import Message, Tool
 from async_rl.models import text
+from async_rl.rollout.replies import END_OF_THINKING
 
 CACHED_PROMPTS = 4096
 
@@ -16,10 +17,11 @@ CACHED_PROMPTS = 4096
 class TokenizerText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: frozenset[int]) -> None:
         self._tokenizer, self.stop_tokens = tokenizer, stop_tokens
+        self.thinks = END_OF_THINKING in text.template_source(tokenizer)
         self.encode = lru_cache(CACHED_PROMPTS)(self._encode)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return text.render_chat(self._tokenizer, messages)
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        return text.render_chat(self._tokenizer, messages, tools)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return text.decode(self._tokenizer, tokens)

@@ -87,6 +87,7 @@ class RolloutWorker:
         run_host: how the host runs; returns when it is closed, raises what it raises.
         colocated: the engine shares its device with the learner, and starts off it.
         dtype: in which the engine computes, settled (models.precision).
+        endpoint_host: where the endpoint for agents listens.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class RolloutWorker:
         run_host: HostRunner,
         colocated: bool = False,
         dtype: str = "",
+        endpoint_host: str = "127.0.0.1",
     ) -> None:
         self._name, self._transport, self._engine, self._receiver = name, transport, engine, receiver
         self._credit, self._run_host, self._dtype = credit, run_host, dtype
@@ -116,6 +118,7 @@ class RolloutWorker:
             report=self._report_threadsafe,
             persist=self._persist_threadsafe,
             clock=self._loop.time,
+            endpoint_host=endpoint_host,
         )
         self._timeout_s = timeout_s
         self._host_started = asyncio.Event()

@@ -15,7 +15,7 @@ from typing import Any
 from async_rl.config import Run
 from async_rl.controller.controller import Controller
 from async_rl.engines.protocol import Engine, Snapshot
-from async_rl.environments.api import Environment, Message, Policy
+from async_rl.environments.api import Environment, Message, Policy, Tool
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import MemoryStore, Store
 from async_rl.rollout.host_runner import inline
@@ -50,11 +50,12 @@ class NumberText:
     """A tokenizer that is never asked for text."""
 
     stop_tokens: frozenset[int] = frozenset()
+    thinks = False
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         return "".join(message["content"] for message in messages)
 
     def decode(self, tokens: Sequence[int]) -> str:

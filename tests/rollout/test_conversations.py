@@ -20,6 +20,7 @@ from async_rl.engines.protocol import Snapshot
 from async_rl.environments.api import Policy
 from async_rl.models.loading import build_model, load_config, load_stop_tokens, load_tokenizer
 from async_rl.rollout.conversations import Conversations
+from async_rl.rollout.reply import RecordedReply
 from async_rl.rollout.tokenizer_text import TokenizerText
 from async_rl.wire.messages import Task, WeightsId
 
@@ -137,6 +138,62 @@ def test_a_turn_that_ended_otherwise_than_the_template_writes_begins_anew(smollm
     conversations.said(conversations.prompt([user("A fruit?")]), [*text.encode("plum"), 0])
     prompt = conversations.prompt([user("A fruit?"), assistant("plum"), user("Another?")])
     assert prompt.tokens == text.encode(prompt.text)
+
+
+WITH_TOOLS = """
+{%- set last = namespace(user=0) -%}
+{%- for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor -%}
+{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif -%}
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.reasoning_content and loop.index0 > last.user %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content | trim }}
+{%- for call in m.tool_calls %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""As Qwen 3 has it: thoughts only after the last question, calls in its own notation."""
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_a_loop_of_tools_keeps_thoughts_and_calls_as_they_were_sampled(smollm2: TokenizerText) -> None:
+    tokenizer = load_tokenizer(Model(path=str(SMOLLM2)))
+    tokenizer.chat_template = WITH_TOOLS
+    text, (stop,) = TokenizerText(tokenizer, smollm2.stop_tokens), smollm2.stop_tokens
+    assert text.thinks
+    conversations, messages = Conversations(text), list[dict[str, Any]]([user("1+2?")])
+    first = conversations.prompt(messages, [ADD])
+    assert '"add"' in first.text
+    odd = '<think>\n\nI add. </think> Now:<tool_call>{"arguments":  {"a": 1, "b": 2}, "name": "add"}</tool_call>\n'
+    said = [*text.encode(odd), stop]
+    conversations.said(first, said)
+    reply = RecordedReply(text, said, [0.0] * len(said), "eos", 0, len(first.tokens), False, True, ())
+    (call,) = reply.tool_calls
+    assert (reply.content, reply.reasoning, call.name, call.arguments) == ("Now:", "I add.", "add", {"a": 1, "b": 2})
+    messages += [reply.message, call.result("3")]
+    second = conversations.prompt(messages, [ADD])
+    assert second.tokens == (
+        *first.tokens,
+        *said,
+        *text.encode("\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"),
+    )
+    assert odd not in second.text, "the template would write it otherwise"
+    conversations.said(second, [*text.encode("3"), stop])
+    edited = [
+        messages[0],
+        {**reply.message, "tool_calls": [{**call.message, "function": {"name": "sub", "arguments": {}}}]},
+    ]
+    assert conversations.prompt(edited, [ADD]).tokens == text.encode(conversations.prompt(edited, [ADD]).text)
+    messages += [assistant("3"), user("2+2?")]
+    third = conversations.prompt(messages, [ADD])
+    assert "I add." not in third.text and third.tokens == text.encode(third.text), "without the thoughts: other text"
 
 
 def test_the_latest_of_equal_turns_is_kept_and_branches_go_on_from_theirs(smollm2: TokenizerText) -> None:
