@@ -10,6 +10,7 @@ from async_rl.config import Run
 from async_rl.doctor.check import Check
 from async_rl.engines.sglang.client import ServerError, SGLangClient
 from async_rl.engines.sglang.keys import Keys, keys_of
+from async_rl.engines.sglang.router import Router
 
 ANSWER_S = 10.0
 
@@ -24,7 +25,7 @@ async def _ask(attach: list[str], router: str, keys: Keys) -> list[Check]:
     async with aiohttp.ClientSession() as session:
         checks = [_server(SGLangClient(url, session, keys)) for url in attach]
         if router:
-            checks.append(_router(SGLangClient(router, session, keys)))
+            checks.append(_router(Router(router, session, keys)))
         return await asyncio.gather(*checks)
 
 
@@ -39,7 +40,7 @@ async def _server(client: SGLangClient) -> Check:
     return Check("server", "ok", f"{client.url}: SGLang {info.version} on {info.device}, --tp-size {info.tp_size}")
 
 
-async def _router(client: SGLangClient) -> Check:
+async def _router(client: Router) -> Check:
     try:
         await client.be_there(ANSWER_S)
     except ServerError as error:

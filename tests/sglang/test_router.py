@@ -17,7 +17,7 @@ import pytest
 from engine_cases import request
 
 from async_rl.engines.sglang import worker
-from async_rl.engines.sglang.client import Load, SGLangClient
+from async_rl.engines.sglang.router import Router
 from async_rl.engines.sglang.server import free_port
 from async_rl.engines.sglang.update import ServerWeights
 from async_rl.errors import UserError
@@ -26,7 +26,6 @@ from .conftest import CPU_ENVIRONMENT, PYTHON, START_S, Server
 from .sglang_cases import drifting, make_engine, running, snapshot
 
 ROUTER_S = 60.0
-LOOKS = 20
 
 
 @contextmanager
@@ -57,6 +56,11 @@ def answers(url: str) -> bool:
         return False
 
 
+def prefilled(server: Server) -> float:
+    """Tokens since it was started."""
+    return server.run(lambda client: client._get("v1/loads", 30))["loads"][0]["total_prefill_uncached_tokens"]
+
+
 @pytest.fixture
 def router(server: Server, another: Server, tmp_path: Path) -> Iterator[tuple[str, list[Server]]]:
     """Its URL, and the two servers behind it."""
@@ -83,11 +87,7 @@ def test_two_servers_behind_a_router(router: tuple[str, list[Server]], tmp_path:
     url, servers = router
     models = drifting(6)
 
-    def prefilled() -> list[float]:
-        loads = [one.run(lambda client: client._get("v1/loads", 30)) for one in servers]
-        return [load["loads"][0]["total_prefill_uncached_tokens"] for load in loads]
-
-    before = prefilled()
+    before = [prefilled(one) for one in servers]
 
     async def main() -> None:
         engine = make_engine(tmp_path, attach=[one.url for one in servers], router=url, slots=12, stream_tokens=8)
@@ -106,7 +106,7 @@ def test_two_servers_behind_a_router(router: tuple[str, list[Server]], tmp_path:
             feed.check(models)
 
     asyncio.run(main())
-    assert all(now > then for now, then in zip(prefilled(), before, strict=True)), "both have worked"
+    assert all(prefilled(one) > then for one, then in zip(servers, before, strict=True)), "both have worked"
 
 
 @pytest.mark.timeout(200)
@@ -118,47 +118,54 @@ def test_one_of_two_behind_a_router_is_killed_and_comes_back(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It answers, and lacks our weights until the engine has looked at the other one LOOKS times. The router knows no
-    difference: so everything waits, and nothing is sampled with the weights that it starts with."""
-    load, look, came, gate, looks = ServerWeights.load, SGLangClient.load, threading.Event(), threading.Event(), 0
+    """The other one works on, and gets new weights, although it stays away for longer than one may at the start; and so
+    while it is back and lacks them. Then requests reach it again."""
+    load, put_in = ServerWeights.load, Router.put_in
+    lacking, gate, back = threading.Event(), threading.Event(), threading.Event()
     gate.set()
 
     async def load_late(weights: Any, *arguments: Any, **options: Any) -> Any:
-        if weights._client.url == another.url:
+        if weights._client.url == another.url and not gate.is_set():
+            lacking.set()
             await asyncio.to_thread(gate.wait)
         return await load(weights, *arguments, **options)
 
-    async def count(client: SGLangClient, timeout_s: float = 30.0) -> Load:
-        nonlocal looks
-        looks += came.is_set() and client.url == server.url
-        if looks == LOOKS:
-            gate.set()
-        return await look(client, timeout_s)
+    async def in_again(router: Router, url: str) -> None:
+        await put_in(router, url)
+        back.set()
 
     async def main(url: str) -> None:
-        attach = [server.url, another.url]
-        engine = make_engine(tmp_path, attach=attach, router=url, slots=12, start_s=START_S)
+        engine = make_engine(tmp_path, attach=[server.url, another.url], router=url, slots=12, start_s=5.0)
         async with running(engine, 190) as feed:
             await engine.load_weights(snapshot(models, 0))
             feed.submit(24)
             await feed.grow()
             gate.clear()
             await asyncio.to_thread(another.kill)
+            await feed.finish()
+            await engine.load_weights(snapshot(models, 1))
+            assert engine.gauges()["servers_ready"] == 1
             another.start()
-            await asyncio.to_thread(another.wait_up)
+            assert await asyncio.to_thread(lacking.wait, START_S)
             feed.submit(24)
-            came.set()
+            await feed.finish()
+            gate.set()
+            assert await asyncio.to_thread(back.wait, 30)
+            await engine.load_weights(snapshot(models, 2))
+            feed.submit(8)
             await feed.finish()
             feed.check(models)
-            assert engine.gauges()["restarts"] == 1
+            assert engine.gauges()["restarts"] == 1 and engine.gauges()["servers_ready"] == 2
 
     monkeypatch.setattr(worker, "PROBE_S", 0.1)
     monkeypatch.setattr(ServerWeights, "load", load_late)
-    monkeypatch.setattr(SGLangClient, "load", count)
+    monkeypatch.setattr(Router, "put_in", in_again)
     with routing([server, another], tmp_path / "router.log", "--disable-circuit-breaker") as url:
         asyncio.run(main(url))
     assert f"SGLang server {another.url} is gone" in caplog.text
+    assert "still away; the others work on" in caplog.text
     assert "which are not ours" not in caplog.text
+    assert prefilled(another) > 0, "it has worked since it was started again"
 
 
 def test_one_of_two_behind_a_router_is_paused(

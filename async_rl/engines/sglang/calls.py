@@ -353,11 +353,11 @@ class Calls:
         return self._workers if self._router else [worker]
 
     def _freest(self) -> Worker | None:
-        """With a router nothing begins until all are ready: it might pass a piece to one that is back and lacks our
+        """With a router nothing begins while it might pass a piece to one that is away, or is back and lacks our
         weights."""
-        if self._router and not all(worker.ready for worker in self._workers):
+        if self._router and not all(worker.ready or worker.out for worker in self._workers):
             return None
-        ready = [worker for worker in self._workers if worker.ready]
+        ready = [worker for worker in self._workers if worker.ready and not worker.out]
         return min(ready, key=lambda worker: worker.pieces, default=None)
 
     def _task(self, work: object, name: str) -> None:

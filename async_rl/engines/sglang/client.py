@@ -10,7 +10,6 @@ ServerError
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +27,8 @@ ANSWER_S = 30.0
 DONE = b"[DONE]"
 BUSY = (429, 502, 503, 504)
 """Status codes of a server or router that may take the call later."""
+DONE_STATUS = (200, 202)
+"""Done, or, by a router, soon."""
 DENIED = (401, 403)
 API_KEY, ADMIN_KEY = "generator.sglang.api_key_env", "generator.sglang.admin_api_key_env"
 """What is not right where the status code is one of these, for what only asks or samples and for all the rest."""
@@ -90,6 +91,8 @@ class Load:
 class SGLangClient:
     """One server. Made and used on one event loop; the session belongs to whoever made it."""
 
+    kind = "server"
+
     def __init__(self, url: str, session: aiohttp.ClientSession, keys: Keys = NO_KEYS) -> None:
         self.url = url.rstrip("/")
         self.pauses = 0
@@ -98,6 +101,7 @@ class SGLangClient:
         """It gave its memory back: it stays paused until it has weights again."""
         self._session = session
         self._headers, self._admin_headers = _bearer(keys.api), _bearer(keys.admin)
+        self._fields = (API_KEY, ADMIN_KEY)
 
     # --- sampling ---------------------------------------------------------------------------------------------
 
@@ -227,11 +231,6 @@ class SGLangClient:
             dp_size=int(found.get("dp_size") or 1),
         )
 
-    async def be_there(self, timeout_s: float) -> None:
-        """For a router: whatever it answers. Raises ServerGone."""
-        with contextlib.suppress(ServerRefused):
-            await self._get("health", timeout_s)
-
     async def ask_admin(self, timeout_s: float) -> None:
         """Whether what changes the server may be called; changes nothing. Raises ServerError."""
         await self._post("abort_request", {"rid": NO_REQUEST}, timeout_s)
@@ -264,16 +263,15 @@ class SGLangClient:
         return await self._call("POST", endpoint, body, timeout_s)
 
     async def _call(self, method: str, endpoint: str, body: Any, timeout_s: float) -> dict[str, Any]:
-        who = f"SGLang server {self.url}, {endpoint}"
-        headers, field = self._headers, API_KEY
-        if method == "POST":
-            headers, field = self._admin_headers, ADMIN_KEY
+        who = f"SGLang {self.kind} {self.url}, {endpoint}"
+        asks = method == "GET"
+        headers, field = (self._headers, self._fields[0]) if asks else (self._admin_headers, self._fields[1])
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.request(method, f"{self.url}/{endpoint}", json=body, headers=headers) as response,
             ):
-                if response.status != 200:
+                if response.status not in DONE_STATUS:
                     raise await _refusal(who, response, field)
                 text = await response.read()
         except TimeoutError as error:

@@ -24,6 +24,7 @@ from async_rl.engines.sglang.client import LINE_BYTES, ServerRefused, SGLangClie
 from async_rl.engines.sglang.contract import CONTEXT_RESERVE, INPUT_RESERVE, new_owner
 from async_rl.engines.sglang.lease import PauseLease
 from async_rl.engines.sglang.push import WeightPush
+from async_rl.engines.sglang.router import Router
 from async_rl.engines.sglang.server import ServerProcess
 from async_rl.engines.sglang.settings import Settings
 from async_rl.engines.sglang.update import ServerWeights
@@ -304,6 +305,10 @@ class SGLangEngine:
                 owner=self._owner,
             )
 
+        urls, router = settings.attach, None
+        if settings.router:
+            router = Router(settings.router, session, settings.keys, servers=len(urls))
+
         def worker(process: ServerProcess | None, url: str) -> Worker:
             return Worker(
                 client,
@@ -313,7 +318,8 @@ class SGLangEngine:
                 start_s=settings.start_s,
                 stuck_s=settings.stuck_s,
                 max_input=self._max_input,
-                router=settings.router,
+                router=router,
+                others_work=lambda: any(one.ready for one in self._workers),
                 off_device=settings.off_device,
                 owner=self._owner,
                 news=lambda: self._calls.admit(),
@@ -321,7 +327,7 @@ class SGLangEngine:
 
         if settings.command:
             return [worker(ServerProcess(settings.command, settings.environment, settings.log), "")]
-        return [worker(None, url) for url in settings.attach]
+        return [worker(None, url) for url in urls]
 
     def _submit(self, requests: list[Request]) -> None:
         self._calls.submit(requests)
@@ -334,7 +340,7 @@ class SGLangEngine:
         self._swapping = True
         self._attribute()
         try:
-            stalls = await _all(worker.update(snapshot, moment.note) for worker in self._workers)
+            stalls = await self._update_all(snapshot, moment.note)
         finally:
             self._swapping = False
             self._calls.held_by.discard(DRAIN)
@@ -343,7 +349,17 @@ class SGLangEngine:
             self._calls.begin_again()
         self._released = False
         self._calls.held_by.discard(RELEASED)
-        return Swap(max(stalls), moment.sampled, moment.delivered)
+        return Swap(max(stalls), moment.sampled or self._calls.all_sampled(), moment.delivered)
+
+    async def _update_all(self, snapshot: Snapshot, note: Callable[[Worker], None]) -> list[float]:
+        """Every server that is there; one that is away gets them when it is back, and holds up no other. Where all are
+        away the first one is waited for."""
+        while True:
+            patient = len(self._workers) == 1
+            stalls = await _all(worker.update(snapshot, note, patient=patient) for worker in self._workers)
+            if done := [stall for stall in stalls if stall is not None]:
+                return done
+            await _first(worker.wait_up() for worker in self._workers)
 
     async def _release(self) -> Swap:
         moment = _Moment(self._calls, lambda: self._delivered)
@@ -441,13 +457,25 @@ class _Moment:
             self._delivered = self._count()
 
 
-async def _all(updates: Iterable[Coroutine[Any, Any, float]]) -> list[float]:
+async def _all(updates: Iterable[Coroutine[Any, Any, float | None]]) -> list[float | None]:
     """Wait for every one of them; what failed first in order is raised when none is at work any more."""
     stalls = await asyncio.gather(*updates, return_exceptions=True)
     for stall in stalls:
         if isinstance(stall, BaseException):
             raise stall
     return [stall for stall in stalls if not isinstance(stall, BaseException)]
+
+
+async def _first(waits: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Of several waits; the others are given up."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _copy(snapshot: Snapshot) -> Snapshot:

@@ -13,6 +13,7 @@ that somebody else has paused is resumed, and the log says so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ from typing import Any
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.client import Load, ServerError, ServerGone, ServerRefused, SGLangClient
 from async_rl.engines.sglang.contract import ASLEEP, EMPTY, parse_version, version_name
+from async_rl.engines.sglang.router import Router
 from async_rl.engines.sglang.server import ServerFailed, ServerProcess
 from async_rl.engines.sglang.update import ServerBroken, ServerWeights
 from async_rl.errors import UserError
@@ -51,19 +53,22 @@ class Worker:
         start_s: float,
         stuck_s: float,
         max_input: int,
-        router: str = "",
+        router: Router | None = None,
+        others_work: Callable[[], bool] = lambda: False,
         off_device: bool = False,
         owner: str,
         news: Callable[[], None],
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
-        long may somebody else pause it. router: what `url` is attached behind. off_device: the device is somebody
-        else's until the first weights. owner: whose weights it is to hold. news: called when something may begin that
-        could not."""
+        long may somebody else pause it. router: what `url` is attached behind. others_work: whether requests go on
+        while it is away. off_device: the device is somebody else's until the first weights. owner: whose weights it is
+        to hold. news: called when something may begin that could not."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._owner = owner
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
-        self._router = make_client(router) if router else None
+        self._router, self._others_work = router, others_work
+        self.out = False
+        """The router passes nothing to it."""
         self.client = make_client(url)
         self._weights = make_weights(self.client)
         self._up = asyncio.Event()
@@ -136,6 +141,7 @@ class Worker:
                 self.restarts += 1
                 self.restarted += 1
                 log.warning("SGLang server %s is gone (%s); %s", self.client.url, why, self._what_now())
+                await self._leave_router()
                 if self.restarts > MAX_RESTARTS:
                     raise ServerFailed(
                         f"the SGLang server was lost {self.restarts} times in a row, last by {why}"
@@ -145,6 +151,8 @@ class Worker:
     async def _serve(self) -> str:
         """Until it is gone; why, in words."""
         self._lost = ""
+        if self.out:
+            await self._leave_router()  # which may have been told before to put it in as soon as it answers
         if not self._on_device.is_set():
             await self._leave()  # it came, or came back, in somebody else's turn
         if not self._lost:
@@ -174,10 +182,14 @@ class Worker:
 
         self._tasks.create_task(catch_up(), name=f"weights of {self.client.url}")
 
-    async def update(self, snapshot: Snapshot, swapped: Callable[[Worker], None] = lambda _: None) -> float:
-        """Bring it to these weights, after a restart again. Returns how long it stood still.
+    async def update(
+        self, snapshot: Snapshot, swapped: Callable[[Worker], None] = lambda _: None, *, patient: bool = False
+    ) -> float | None:
+        """Bring it to these weights, after a restart again. Returns how long it stood still; None: it is away, and gets
+        them when it is back.
 
         swapped: called when they are loaded, before it goes on.
+        patient: wait for it instead.
 
         Raises:
             ServerBroken: a server that we did not start holds half-loaded weights.
@@ -188,7 +200,9 @@ class Worker:
         async with self._lock:
             self._on_device.set()
             while self.held != snapshot.weights:
-                await self._wait_up()
+                if not patient and not self._up.is_set():
+                    return None
+                await self.wait_up()
                 try:
                     await self._wake()
                     lease = await self._weights.load(snapshot, lambda: swapped(self), anew=self.held is None)
@@ -207,6 +221,8 @@ class Worker:
                     raise
                 else:
                     self.held, self._doubted = snapshot.weights, False
+                    if self.out:
+                        self.suspect()  # that look puts it into the router again
                     return lease.held_s
         return 0.0
 
@@ -224,7 +240,7 @@ class Worker:
             if not self._runs:
                 stopped(self)
                 return
-            await self._wait_up()
+            await self.wait_up()
             await self._leave(stopped)
 
     async def _leave(self, stopped: Callable[[Worker], None] = lambda _: None) -> None:
@@ -253,7 +269,11 @@ class Worker:
     async def close(self) -> None:
         if self._process is not None:
             await self._process.stop()
-        elif self._up.is_set():
+            return
+        if self._router is not None and self.out:
+            with contextlib.suppress(ServerError):
+                await self._router.tell_to_put_in(self.client.url)
+        if self._up.is_set():
             await self._weights.close()
 
     async def _start(self) -> None:
@@ -289,9 +309,14 @@ class Worker:
             await self._wait_answer(lambda ask=ask: ask(PROBE_ANSWER_S), "attach", self.client.url, deadline)
         if (router := self._router) is not None:
             await self._wait_answer(lambda: router.be_there(PROBE_ANSWER_S), "router", router.url, deadline)
+            await self._wait_answer(lambda: self._ask_whether_out(router), "router", router.url, deadline)
+
+    async def _ask_whether_out(self, router: Router) -> None:
+        self.out = self.out or await router.lacks(self.client.url)
 
     async def _wait_answer(self, ask: Callable[[], Awaitable[Any]], field: str, url: str, deadline: float) -> None:
-        """Raises UserError where nothing ever answered at this URL of the recipe, ServerFailed where no longer."""
+        """Raises UserError where nothing ever answered at this URL of the recipe, ServerFailed where no longer, and no
+        other server works on."""
         told = False
         while True:
             try:
@@ -301,7 +326,11 @@ class Worker:
                 failure = ServerFailed if self.restarted else UserError
                 if isinstance(error, ServerRefused) and error.denied:
                     raise failure(str(error)) from None
-                if asyncio.get_running_loop().time() >= deadline:
+                late = asyncio.get_running_loop().time() - deadline
+                if late >= 0 and self.restarted and self._others_work():
+                    log.warning("%s: still away; the others work on without it", self.client.url)
+                    deadline += late + self._start_s
+                elif late >= 0:
                     raise failure(
                         f"generator.sglang.{field} = {url!r}: nothing answered for {self._start_s:.0f} s ({error}); "
                         "write the URL of one that runs, or a larger generator.sglang.start_s"
@@ -311,12 +340,32 @@ class Worker:
                 told = True
                 await asyncio.sleep(PROBE_S)
 
-    async def _wait_up(self) -> None:
+    async def wait_up(self) -> None:
+        """Raises ServerFailed."""
         try:
             async with asyncio.timeout(self._start_s + PROBE_ANSWER_S):
                 await self._up.wait()
         except TimeoutError:
             raise ServerFailed(f"SGLang server {self.client.url} did not come back") from None
+
+    async def _leave_router(self) -> None:
+        if self._router is None:
+            return
+        try:
+            self.out = await self._router.take_out(self.client.url)
+        except ServerError as error:
+            self.out = False
+            log.warning("%s: nothing begins until SGLang server %s is back", error, self.client.url)
+        self._news()
+
+    async def _join_router(self, router: Router) -> None:
+        try:
+            await router.put_in(self.client.url)
+        except ServerError as error:
+            log.warning("%s: the next look at SGLang server %s tries again", error, self.client.url)
+        else:
+            self.out = False
+            self._news()
 
     async def _answers(self) -> bool:
         """A call that broke off need not mean that the server is gone."""
@@ -372,6 +421,8 @@ class Worker:
                     self._doubted = False
                     self._news()
             await self._end_foreign_pause()
+            if self._router is not None and self.out and self.ready:
+                await self._join_router(self._router)
         except ServerError as error:
             log.warning("%s", error)
             return False
