@@ -14,10 +14,10 @@ from async_rl.engines.protocol import Request
 from async_rl.engines.sglang.contract import (
     ASLEEP,
     EMPTY,
-    HALF,
     ContractBroken,
     Piece,
     generate_body,
+    half_name,
     new_owner,
     parse_version,
     piece_limit,
@@ -86,7 +86,7 @@ def test_what_does_not_add_up_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["default", "0.3", HALF, version_name(new_owner(), WeightsId(0, 3))], ids=itertools.count()
+    "version", ["default", "0.3", half_name(OWNER), version_name(new_owner(), WeightsId(0, 3))], ids=itertools.count()
 )
 def test_weights_of_somebody_else_have_no_spans(version: str) -> None:
     one = piece()
@@ -97,7 +97,7 @@ def test_weights_of_somebody_else_have_no_spans(version: str) -> None:
 
 def test_lineages_of_one_engine_meet_in_a_piece() -> None:
     one = piece()
-    names = [version_name(OWNER, WeightsId(0, 9)), HALF, version_name(OWNER, WeightsId(1, 4))]
+    names = [version_name(OWNER, WeightsId(0, 9)), half_name(OWNER), version_name(OWNER, WeightsId(1, 4))]
     cuts = [0, 1, 1, 2]
     versions = [{"version": v, "start": s, "end": e} for v, s, e in zip(names, cuts, cuts[1:], strict=False)]
     one.take(event([(-0.5, 10), (-0.5, 11)], 2, finish_reason=LENGTH, weight_versions=versions))
@@ -126,7 +126,22 @@ def test_versions_survive_the_server(lineage: int, version: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["default", "v0", "3", "", "a.1", "1.b", ".", "0.3", "a.0.3", f"{OWNER}.0", f"{OWNER}.0.3.1", ASLEEP, EMPTY, HALF],
+    [
+        "default",
+        "v0",
+        "3",
+        "",
+        "a.1",
+        "1.b",
+        ".",
+        "0.3",
+        "a.0.3",
+        f"{OWNER}.0",
+        f"{OWNER}.0.3.1",
+        ASLEEP,
+        EMPTY,
+        half_name(OWNER),
+    ],
     ids=itertools.count(),
 )
 def test_what_is_not_a_version_of_ours(text: str) -> None:

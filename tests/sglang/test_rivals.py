@@ -11,6 +11,9 @@ from engine_cases import request
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang import worker
+from async_rl.engines.sglang.client import SGLangClient
+from async_rl.engines.sglang.push import WeightPush
+from async_rl.engines.sglang.update import checksums
 from async_rl.errors import UserError
 from async_rl.wire.messages import WeightsId
 
@@ -68,5 +71,56 @@ def test_nothing_of_a_cache_that_foreign_weights_wrote_is_used(
             engine.submit([feed.requests[0]])
             await feed.finish()
             feed.check(models)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("moment", ["between two buckets", "behind a load from disk"])
+def test_somebody_loads_weights_in_the_middle_of_ours(
+    server: Server,
+    tmp_path: Path,
+    models: dict[int, Any],
+    model_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    """What is called ours is ours, bit for bit: all of it is loaded again."""
+    send, disk, left = WeightPush.send, SGLangClient.load_from_disk, 2
+
+    async def others() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            await asyncio.to_thread(server.run, meddle(model_directory))
+
+    async def send_and_meddle(push: Any, bucket: Any, **options: Any) -> None:
+        await send(push, bucket, **options)
+        await others()
+
+    async def load_and_meddle(client: SGLangClient, directory: str, *arguments: Any, flush: bool) -> None:
+        await disk(client, directory, *arguments, flush=flush)
+        if directory != str(model_directory):
+            await others()
+
+    async def main() -> None:
+        by = "group" if moment == "between two buckets" else "disk"
+        engine = make_engine(tmp_path, attach=[server.url], bucket_bytes=9000, load_by=by)
+        async with running(engine) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(8)
+            await feed.grow()
+            monkeypatch.setattr(WeightPush, "send", send_and_meddle)
+            monkeypatch.setattr(SGLangClient, "load_from_disk", load_and_meddle)
+            await engine.load_weights(snapshot(models, 1))
+            if by == "disk":
+                await engine.load_weights(snapshot(models, 2))
+            version = 1 if by == "group" else 2
+            assert left <= 0
+            (found,) = await asyncio.to_thread(server.run, lambda client: client.checksums(30))
+            assert found == checksums(snapshot(models, version).tensors)
+            feed.submit(4)
+            await feed.finish()
+            feed.check(models)
+            assert engine.gauges()["reloads"] == (by == "group")
 
     asyncio.run(main())

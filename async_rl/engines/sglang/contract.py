@@ -40,8 +40,8 @@ INPUT_RESERVE = 7
 
 ASLEEP, EMPTY, HALF = "async_rl.asleep", "async_rl.empty", "async_rl.half"
 """What the weights of a server are called that gave its memory back; that has it again, with no sensible content; that
-got some of the buckets. The server keeps the name as long as it lives: whoever comes next learns from it what is there,
-and a token that was sampled there all the same is nobody's."""
+got some of the buckets (of whom: `half_name`). The server keeps the name as long as it lives: whoever comes next learns
+from it what is there, and a token that was sampled there all the same is nobody's."""
 
 
 VERSION_NAME = re.compile(r"(async_rl-[0-9a-f]+)\.(\d+)\.(-?\d+)", re.ASCII)
@@ -64,6 +64,11 @@ def version_name(owner: str, weights: WeightsId) -> str:
     'async_rl-1871f0a7.0.12'
     """
     return f"{owner}.{weights.lineage}.{weights.version}"
+
+
+def half_name(owner: str) -> str:
+    """What weights are called of which the server got some buckets, as long as nobody else loads any."""
+    return f"{HALF}.{owner}"
 
 
 def parse_version(text: str) -> tuple[str, WeightsId] | None:

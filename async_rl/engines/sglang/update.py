@@ -24,7 +24,7 @@ from torch import Tensor
 
 from async_rl.engines.protocol import Snapshot
 from async_rl.engines.sglang.client import PauseMode, ServerError, ServerRefused, SGLangClient
-from async_rl.engines.sglang.contract import HALF, version_name
+from async_rl.engines.sglang.contract import half_name, version_name
 from async_rl.engines.sglang.lease import PauseLease
 from async_rl.engines.sglang.push import WeightPush, buckets
 from async_rl.weights.errors import WeightsError
@@ -39,11 +39,16 @@ PADDED = {
     "down_proj": (1, 32),
 }
 """Matrices that SGLang pads with zeros on a CPU: rows and columns up to multiples of these."""
+DISK_TRIES = 3
 log = logging.getLogger(__name__)
 
 
 class ServerBroken(ServerError):
     """The server's weights are neither old nor new, and nothing would load: it must be started again."""
+
+
+class OthersWeights(ServerRefused):
+    """The server's weights are whole, and not those it was told to load."""
 
 
 class ServerWeights:
@@ -114,11 +119,26 @@ class ServerWeights:
             lease.soil()
             for number, part in enumerate(parts, 1):
                 last = number == len(parts)
-                version = version_name(self._owner, snapshot.weights) if last else HALF
+                if number > 1:
+                    await self._still_ours()
+                version = version_name(self._owner, snapshot.weights) if last else half_name(self._owner)
                 await push.send(part, version=version, flush=last and flush)
         finally:
             await self._client.end_update()
         lease.clean()
+
+    async def _still_ours(self) -> None:
+        """What is loaded so far is. Nothing keeps another run from loading into the same server meanwhile, and the last
+        bucket would call all of it ours.
+
+        Raises:
+            ServerRefused: no.
+        """
+        found = await self._client.weight_version()
+        if found != half_name(self._owner):
+            raise ServerRefused(
+                f"SGLang server {self._client.url}: somebody loaded weights {found} between our buckets"
+            )
 
     async def _begin(self) -> None:
         """A session that somebody left open, because they died in it, is closed."""
@@ -136,8 +156,15 @@ class ServerWeights:
         directory = self._scratch / version
         try:
             await asyncio.to_thread(_write, snapshot.tensors, directory)
-            await self._client.load_from_disk(str(directory), version, self._timeout_s, flush=flush)
-            await self._verify(snapshot, version)
+            for tries in range(1, DISK_TRIES + 1):
+                await self._client.load_from_disk(str(directory), version, self._timeout_s, flush=flush)
+                try:
+                    await self._verify(snapshot, version)
+                    break
+                except OthersWeights as error:  # somebody else was at it at the same moment
+                    if tries == DISK_TRIES:
+                        raise
+                    log.warning("%s: once more", error)
         except (ServerRefused, OSError) as error:
             raise ServerBroken(
                 f"{error}; the weights of {self._client.url} are half loaded, so it stays paused"
@@ -152,7 +179,7 @@ class ServerWeights:
         SHA-256, which we compute too; on CUDA and over several ranks there is nothing to compare with."""
         named = await self._client.weight_version()
         if named != version:
-            raise ServerRefused(f"SGLang server {self._client.url} holds weights {named}, not {version}")
+            raise OthersWeights(f"SGLang server {self._client.url} holds weights {named}, not {version}")
         info = await self._client.info()
         if info.device != "cpu" or info.tp_size > 1:
             log.warning("%s: weights read from disk, checksums of a %s cannot be compared", info.device, info.device)
