@@ -20,6 +20,7 @@ import msgspec
 from async_rl import recipes
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError, LedgerCorrupt, UserError
+from async_rl.tasks.curriculum import make_curriculum
 from async_rl.telemetry.exporters import check_exporters
 from async_rl.telemetry.run_directory import RunDirectory
 
@@ -50,7 +51,7 @@ def train(options: argparse.Namespace) -> int:
     """Train a recipe on this machine, from the start or from where the run directory stands."""
     recipe = Path(options.recipe)
     run = recipes.load(recipe, options.set)
-    make_tasks(find(run.environment), run.environment.options, run.seed)
+    make_curriculum(run, make_tasks(find(run.environment), run.environment.options, run.seed))
     check_exporters(run)
     directory = RunDirectory(Path(options.run_dir or f"runs/{recipe.stem}"))
     continues = directory.config.exists()

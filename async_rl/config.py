@@ -97,6 +97,24 @@ class Staleness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.max_staleness if self.depth is None else min(self.depth, self.max_staleness)
 
 
+class Curriculum(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which problems are trained on more often, where the environment has a fixed list of them."""
+
+    sampling: Literal["uniform", "prioritized"] = "uniform"
+    """uniform: every problem once an epoch. prioritized: in proportion to 1 - its success rate (Kimi k1.5, arXiv
+    2501.12599), which is a moving average of `exact`, or of the reward from 0 to 1."""
+    floor: float = 0.05
+    """At least so much instead of 1 - success rate: what is solved is still seen now and then. 1 = all alike."""
+    smoothing: float = 0.1
+    """Weight of one more rollout in a problem's success rate."""
+    difficulty: str = ""
+    """Field of the tasks that says how hard they are, 0 to 1: easy problems come first."""
+    start: float = 0.3
+    """Difficulty up to which problems are drawn at first."""
+    steps: int = 0
+    """From `start` it rises to 1 over so many steps."""
+
+
 class Algorithm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     preset: str = "async_default"
     options: dict[str, Any] = {}
@@ -381,6 +399,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: int = 1
     rollout: Rollout = Rollout()
     staleness: Staleness = Staleness()
+    curriculum: Curriculum = Curriculum()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizer = Optimizer()
     generator: Generator = Generator()

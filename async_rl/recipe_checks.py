@@ -78,6 +78,7 @@ def check(run: Run) -> None:
     _model(run)
     _learner(run)
     _rollouts(run)
+    _curriculum(run)
     _checkpoints(run)
     _simulated(run)
     _sglang(run)
@@ -172,6 +173,21 @@ def _rollouts(run: Run) -> None:
         demand(run.rollout.group_size > 1, "rollout.filter", "uniform", "a group of one is always uniform: write none")
     budget = run.staleness.mask_budget
     demand(0 <= budget < 1, "staleness.mask_budget", budget, "write a share of the tokens, from 0 to below 1")
+
+
+def _curriculum(run: Run) -> None:
+    chosen = run.curriculum
+    for field in ("floor", "start"):
+        value = getattr(chosen, field)
+        demand(0 <= value <= 1, f"curriculum.{field}", value, "write a number from 0 to 1")
+    demand(0 < chosen.smoothing <= 1, "curriculum.smoothing", chosen.smoothing, "write a share above 0, up to 1")
+    if chosen.difficulty:
+        demand(
+            chosen.steps > 0, "curriculum.steps", chosen.steps, "with a difficulty, write over how many steps it rises"
+        )
+        demand(chosen.sampling == "prioritized", "curriculum.sampling", chosen.sampling, "write prioritized")
+    else:
+        demand(chosen.steps == 0, "curriculum.steps", chosen.steps, "without curriculum.difficulty, write 0")
 
 
 def _checkpoints(run: Run) -> None:

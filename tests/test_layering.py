@@ -34,6 +34,7 @@ TORCH_FREE = [
     "async_rl.simulate.virtual_loop",
     "async_rl.stages.estimates",
     "async_rl.staleness.guard",
+    "async_rl.tasks.curriculum",
     "async_rl.tasks.source",
     "async_rl.telemetry.browser",
     "async_rl.telemetry.live_view",

@@ -35,6 +35,7 @@ from async_rl.errors import ProtocolError, UserError
 from async_rl.ledger.ledger import Group, Ledger
 from async_rl.ledger.states import State
 from async_rl.staleness.admission import min_version
+from async_rl.tasks.curriculum import Curriculum, make_curriculum
 from async_rl.tasks.source import TaskSource, heldout_tasks, train_task
 from async_rl.telemetry.activity import Tracker
 from async_rl.telemetry.journal import EvalSummary, Journal, Row, summarise
@@ -149,6 +150,7 @@ class Controller:
         self._attempts: dict[tuple[int, int], int] = {}
         """How many generators died with a rollout."""
         ledger.on_end = self._rollouts_ended
+        self._curriculum = self._make_curriculum()
         self._batches: dict[int, Batch] = {}
         """Those that were sent and are not done."""
         self._commits = Commits(ledger)
@@ -399,7 +401,10 @@ class Controller:
         fresh: list[GroupLease] = []
         while not self.paused and self._composer.admissible(self.version):
             position, ledger = self._composer.position, self.ledger
-            task = train_task(self._tasks, ledger.run.next_group)
+            if self._curriculum is None:
+                task = train_task(self._tasks, ledger.run.next_group)
+            else:
+                task = self._curriculum.task(ledger.run.next_group, self.version)
             group = ledger.admit(task, self.run_config.rollout.group_size, self.version)
             members = group.members(State.RUNNING)
             self._composer.begun(group, members)
@@ -407,6 +412,14 @@ class Controller:
         if fresh:
             self._generators.enqueue(fresh)
             self._commits.want()
+
+    def _make_curriculum(self) -> Curriculum | None:
+        ledger = self.ledger
+        running = [group.task.problem for group in ledger.waiting() if State.RUNNING in group.states]
+        curriculum = make_curriculum(self.run_config, self._tasks, ledger.problems, running)
+        if curriculum is not None:
+            ledger.on_rest = lambda group: curriculum.ended(group.task.problem, group.outcomes)
+        return curriculum
 
     def _lease(self, group: Group, members: list[int], position: int | None = None) -> GroupLease:
         """position: groups that are trained before this one; None where some of it was sampled already."""
@@ -748,6 +761,7 @@ class Controller:
             **({} if (changed := self._weights.changed) is None else {"weights_changed": changed}),
             **({"engine": gauges} if (gauges := self._generators.gauges()) else {}),
             **({} if (lengths := self._alarms.lengths) is None else {"length": lengths}),
+            **({} if self._curriculum is None else {"curriculum": self._curriculum.row()}),
             "ready": self.ledger.live[State.READY],
             "running": self.ledger.live[State.RUNNING] + self.ledger.live[State.SCORED],
             **({} if self._turns is None else {"turns": self._turns.take_row()}),

@@ -116,6 +116,13 @@ class ReasoningGymTasks:
     def train(self, index: int) -> dict[str, Any]:
         return self._task(self._train.train(index), index)
 
+    @property
+    def num_problems(self) -> int:
+        return self._train.num_problems
+
+    def problem(self, number: int, index: int) -> dict[str, Any]:
+        return self._task(self._train.problem(number, index), index)
+
     def heldout(self) -> list[dict[str, Any]]:
         return [self._task(row, int(row["entry"]["digest"], 16)) for row in self._heldout]
 

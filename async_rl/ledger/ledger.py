@@ -21,7 +21,7 @@ import msgspec
 
 from async_rl.errors import LedgerCorrupt
 from async_rl.ledger import records, states
-from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
+from async_rl.ledger.records import EventRecord, GroupRecord, ProblemRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, Store
 from async_rl.wire.messages import RolloutResult, Segment, Task, TerminalEvent
@@ -58,6 +58,9 @@ class Group:
     """What running members have sampled, as far as it is kept, in order."""
     sampled: dict[int, int] = field(default_factory=dict[int, int])
     """running member -> tokens it had at the last report"""
+    outcomes: dict[int, float] = field(default_factory=dict[int, float])
+    """scored member -> `exact` where the environment logs it, else the reward; only for problems of a curriculum, until
+    nothing of the group runs any more."""
     keeps_payload: bool = False
     """Its tokens stay on disk for whoever wants to read them."""
     counted: tuple[int, int] = (0, 0)
@@ -103,6 +106,11 @@ class Ledger:
         """Those of them that the next step can use."""
         self.on_end: OnEnd = _nobody_listens
         """Called with every terminal event, after it."""
+        self.on_rest: Callable[[Group], ProblemRecord | None] = _learns_nothing
+        """Called when nothing of a group of a curriculum runs any more, with its outcomes; returns what to keep of the
+        problem, in the same commit."""
+        self.problems: dict[int, ProblemRecord] = {}
+        """Those of a curriculum that were tried, as they stood when the ledger was opened."""
         self.filter: Filter = "none"
         self._store = store
         self._waiting: dict[int, Group] = {}
@@ -194,6 +202,8 @@ class Ledger:
         members = [result.member for result in new]
         for result in new:
             group.results[result.member] = result
+            if group.task.problem >= 0:
+                group.outcomes[result.member] = result.metrics.get("exact", result.reward)
             self._drop_segments(group, result.member)
         self._move(group, members, State.SCORED)
         self._put(records.payload_key(group_id, members[0]), new)
@@ -334,7 +344,8 @@ class Ledger:
             for group in self._dirty.values():
                 states_, steps = list[int](group.states), list(group.steps)
                 baseline, sampled = dict(group.baseline), dict(group.sampled)
-                record = GroupRecord(group.id, group.version, states_, steps, baseline, sampled)
+                outcomes = dict(group.outcomes)
+                record = GroupRecord(group.id, group.version, states_, steps, baseline, sampled, outcomes)
                 self._writes[records.group_key(group.id)] = record
             self._dirty.clear()
             self._writes[records.RUN] = self.run
@@ -345,6 +356,7 @@ class Ledger:
             self._flushing = None
 
     def _move(self, group: Group, members: Iterable[int], to: State) -> None:
+        ran = State.RUNNING in group.states
         for member in members:
             old = group.states[member]
             states.check(f"{group.id}/{member}", old, to)
@@ -352,6 +364,8 @@ class Ledger:
             self.live[old] -= 1
             if not to.terminal:
                 self.live[to] += 1
+        if ran and group.task.problem >= 0 and State.RUNNING not in group.states:
+            self._rest(group)
         self._changed(group)
 
     def _end(self, group: Group, members: Sequence[int], event: TerminalEvent, reason: str, step: int = -1) -> None:
@@ -385,6 +399,12 @@ class Ledger:
             self.open_group(group)
             return
         self._return_unused(group)
+
+    def _rest(self, group: Group) -> None:
+        record = self.on_rest(group)
+        if record is not None:
+            self._put(records.problem_key(group.task.problem), record)
+        group.outcomes = {}
 
     def _return_unused(self, group: Group) -> None:
         self._use(group, [m for m, step in enumerate(group.steps) if step == UNUSED], RETURNED)
@@ -456,7 +476,7 @@ class Ledger:
             task = records.decode(task_key, task_value, Task)
             states_ = [State(state) for state in record.states]
             group = Group(record.group_id, task, record.version, states_, record.steps, record.baseline)
-            group.sampled = record.sampled
+            group.sampled, group.outcomes = record.sampled, record.outcomes
             if not group.over:
                 group.results = {result.member: result for result in self._payloads(group.id)}
             for segment_key, segment_value in self._store.scan(records.segment_prefix(group.id)):
@@ -468,6 +488,8 @@ class Ledger:
             for state in group.states:
                 if not state.terminal:
                     self.live[state] += 1
+        for key, value in self._store.scan(b"problem/"):
+            self.problems[int(key.rpartition(b"/")[2], 16)] = records.decode(key, value, ProblemRecord)
         for key, value in self._store.scan(b"step/"):
             record = records.decode(key, value, StepRecord)
             if record.step >= self.run.checkpoint:
@@ -487,6 +509,10 @@ def load_run(store: Reader) -> RunRecord:
 
 def _nobody_listens(group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:
     """The default of `on_end`."""
+
+
+def _learns_nothing(group: Group) -> None:
+    """The default of `on_rest`."""
 
 
 def _segment_key(segment: Segment) -> bytes:

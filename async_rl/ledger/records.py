@@ -61,6 +61,8 @@ class GroupRecord(msgspec.Struct, frozen=True):
     """member -> reward of those that had ended when the group was opened to training; empty: it is not open."""
     sampled: dict[int, int] = {}
     """running member -> tokens it had at the last report"""
+    outcomes: dict[int, float] = {}
+    """scored member -> what it says of its problem (ledger.Group.outcomes)"""
 
 
 class StepRecord(msgspec.Struct, frozen=True):
@@ -85,6 +87,15 @@ class EventRecord(msgspec.Struct, frozen=True):
     event: TerminalEvent
     reason: str
     step: int = -1
+
+
+class ProblemRecord(msgspec.Struct, frozen=True):
+    """A problem of a curriculum that was tried."""
+
+    rate: float
+    """Moving success rate, 0 to 1."""
+    rollouts: int
+    """Scored ones that it is made of."""
 
 
 RUN = b"run"
@@ -149,6 +160,10 @@ def event_key(number: int) -> bytes:
     return b"event/%016x" % number
 
 
+def problem_key(number: int) -> bytes:
+    return b"problem/%016x" % number
+
+
 KINDS: dict[bytes, object] = {
     b"run": RunRecord,
     b"group": GroupRecord,
@@ -157,6 +172,7 @@ KINDS: dict[bytes, object] = {
     b"payload": list[RolloutResult],
     b"step": StepRecord,
     b"event": EventRecord,
+    b"problem": ProblemRecord,
 }
 """First part of the key -> what stands under it."""
 _encoder = msgspec.msgpack.Encoder()

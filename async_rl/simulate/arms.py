@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from async_rl.config import Run
+from async_rl.config import Curriculum, Run
 from async_rl.simulate.fake_generator import EngineModel
 
 ArmName: TypeAlias = Literal["synchronous", "one_step_off", "asynchronous"]
@@ -115,6 +115,7 @@ def in_blocks(run: Run) -> Run:
             microbatch_tokens=max(longest, ceil(run.learner.microbatch_tokens / block)),
         ),
         weights=replace(run.weights, transport="shared_memory"),
+        curriculum=Curriculum(),  # its tasks are numbers
         placement="separate",  # the synchronous arm is what colocation comes to
         checkpoint=replace(run.checkpoint, every_steps=CHECKPOINT_STEPS),
         controller=replace(run.controller, keep_rollouts="none", heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S),

@@ -25,7 +25,8 @@ class TaskSource(Protocol):
 
 
 class Rows:
-    """A fixed list of tasks: in a new order every epoch, the first `heldout` of a seeded shuffle set apart.
+    """A fixed list of tasks: in a new order every epoch, the first `heldout` of a seeded shuffle set apart. Or in the
+    order that a curriculum chooses (tasks.curriculum).
 
     >>> rows = Rows([{"x": i} for i in range(10)], heldout=2, seed=1)
     >>> len({rows.train(i)["x"] for i in range(8)}), len(rows.heldout())
@@ -40,6 +41,14 @@ class Rows:
         self._heldout, self._rows, self._seed = shuffled[:heldout], shuffled[heldout:], seed
         self._epoch, self._order = -1, list[int]()
 
+    @property
+    def num_problems(self) -> int:
+        return len(self._rows)
+
+    def problem(self, number: int, index: int) -> Mapping[str, Any]:
+        """The same whichever task it is."""
+        return self._rows[number]
+
     def train(self, index: int) -> Mapping[str, Any]:
         epoch, position = divmod(index, len(self._rows))
         if epoch != self._epoch:
@@ -52,14 +61,15 @@ class Rows:
 
 
 def train_task(source: TaskSource, index: int) -> Task:
-    return _task(f"train-{index}", source.train(index))
+    return as_task(f"train-{index}", source.train(index))
 
 
 def heldout_tasks(source: TaskSource, count: int) -> list[Task]:
-    return [_task(f"heldout-{i}", row) for i, row in enumerate(source.heldout()[:count])]
+    return [as_task(f"heldout-{i}", row) for i, row in enumerate(source.heldout()[:count])]
 
 
-def _task(name: str, row: Mapping[str, Any]) -> Task:
+def as_task(name: str, row: Mapping[str, Any]) -> Task:
+    """Raises TypeError if the row holds what cannot be sent to a generator."""
     try:
         msgspec.msgpack.encode(dict(row))
     except TypeError as error:

@@ -72,6 +72,8 @@ class Task(msgspec.Struct, frozen=True):
 
     id: str
     data: dict[str, Any]
+    problem: int = -1
+    """Its number in the source, where a curriculum chose it."""
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]

@@ -25,6 +25,7 @@ from async_rl.simulate.cluster import MemoryJournal, NumberedTasks
 from async_rl.simulate.fake_generator import EngineModel, FakeGenerator
 from async_rl.simulate.fake_learner import FakeLearner
 from async_rl.simulate.workload import GroupDraw
+from async_rl.tasks.source import TaskSource
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import (
@@ -45,6 +46,7 @@ TOKEN_S = 0.02
 """Of an engine: one token for everyone in it."""
 LATENCY_S = 0.001
 """Of a frame."""
+NUMBERED = NumberedTasks()
 TOO_LONG_S = 400.0
 """A run that takes longer has starved."""
 
@@ -106,6 +108,7 @@ class Schedule:
     turn_s: float = 0.05
     """Seconds that leaving the device takes, and for the learner taking it; where it is shared."""
     faults: tuple[Fault, ...] = ()
+    tasks: TaskSource = NUMBERED
 
     def group(self, group_id: int) -> GroupDraw:
         if self.draw is not None:
@@ -325,7 +328,7 @@ class _Life:
         world.controller = Controller(
             run,
             ledger=await Ledger.open(world.store),
-            tasks=NumberedTasks(),
+            tasks=world.schedule.tasks,
             rollouts=self._rollouts,
             training=self._training,
             journal=world.journal,
