@@ -387,6 +387,16 @@ class Rewards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A math grader that takes longer for one answer is killed: there is no verdict."""
     memory_mb: int = 2048
     """Of a math grader's process, as address space."""
+    program_memory_mb: int = 512
+    """Of all processes of a program together, where the machine lets us make control groups; else of each."""
+    program_processes: int = 32
+    """Processes and threads that a program may have at a time."""
+    python: str = ""
+    """What runs programs: the path of a Python, 3.9 or newer, that every user may read. Default: this one without its
+    packages, or /usr/bin/python3 where others cannot read this one."""
+    unsafe_code: bool = False
+    """Run programs of the model without isolation, as ordinary processes of this user: they can read, write and send
+    whatever this user can. For a machine that has nothing to lose."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

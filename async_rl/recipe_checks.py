@@ -41,6 +41,8 @@ POSITIVE = (
     "rewards.workers",
     "rewards.deadline_s",
     "rewards.memory_mb",
+    "rewards.program_memory_mb",
+    "rewards.program_processes",
 )
 """What has to be above 0, where it is set."""
 NOT_NEGATIVE = (

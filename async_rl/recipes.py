@@ -66,7 +66,7 @@ def read_table(
 def resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Make the paths of a recipe absolute: it means the same files wherever it is used from."""
     paths = [(section, "path") for section in MODEL_SECTIONS]
-    for *sections, key in (*paths, ("environment", "module"), ("generator", "sglang", "python")):
+    for *sections, key in (*paths, ("environment", "module"), ("generator", "sglang", "python"), ("rewards", "python")):
         inner: Any = table
         for section in sections:
             inner = typing.cast(dict[str, Any], inner).get(section) if isinstance(inner, dict) else None

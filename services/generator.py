@@ -34,6 +34,8 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
 async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
     run = settle(run)
     configure(run.rewards)
+    environment = find(run.environment)
+    environment.needs()
     model_config = load_config(run.model)
     logs = RunDirectory(options.run_dir).logs
     engine = make_engine(run, model_config, logs, name=options.name, index=_index(options.name))
@@ -43,7 +45,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
         name=options.name,
         transport=transport,
         engine=engine,
-        environment=find(run.environment),
+        environment=environment,
         text=TokenizerText(load_tokenizer(run.model), load_stop_tokens(run.model)),
         receiver=receiver,
         credit=run.credit_rollouts,

@@ -175,28 +175,38 @@ class Reward:
 Episode: TypeAlias = Callable[[Task, Policy], Awaitable[float | Mapping[str, float] | Reward]]
 
 
+def _nothing() -> None:
+    """An environment that needs nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     name: str
     episode: Episode
     tasks: Callable[..., TaskSource]
     """Called with `seed` and the recipe's `environment.options`."""
+    needs: Callable[[], object] = _nothing
+    """Called in every process that runs episodes, before the first. Raises UserError: something is missing there."""
 
 
 _registered: dict[str, Environment] = {}
 
 
-def environment(name: str, *, tasks: Callable[..., TaskSource]) -> Callable[[Episode], Episode]:
+def environment(
+    name: str, *, tasks: Callable[..., TaskSource], needs: Callable[[], object] = _nothing
+) -> Callable[[Episode], Episode]:
     """Register the decorated coroutine function under `name`.
 
     Args:
         tasks: makes the task source; its keyword arguments are what `environment.options` may set.
+        needs: raises UserError where episodes cannot run, such as `rewards.require_code`; called once, at the start of
+            every process that runs them.
     """
 
     def register(episode: Episode) -> Episode:
         if not inspect.iscoroutinefunction(episode):
             raise TypeError(f"environment {name!r}: write `async def`, an episode awaits the policy")
-        _registered[name] = Environment(name, episode, tasks)
+        _registered[name] = Environment(name, episode, tasks, needs)
         return episode
 
     return register

@@ -13,13 +13,15 @@ from async_rl.algorithms.length_reward import add_length_reward as length
 from async_rl.errors import GradingFailed
 from async_rl.rewards.combine import combine
 from async_rl.rewards.grade import Grade
-from async_rl.rewards.mathematics import math
+from async_rl.rewards.mathematics import math, require_math
 from async_rl.rewards.pool import configure
+from async_rl.rewards.programs import code, require_code
 from async_rl.rewards.text import format, language, overlong, repetition
 
 __all__ = [
     "Grade",
     "GradingFailed",
+    "code",
     "combine",
     "configure",
     "format",
@@ -28,4 +30,6 @@ __all__ = [
     "math",
     "overlong",
     "repetition",
+    "require_code",
+    "require_math",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 THOUSANDS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
 NUMBER = re.compile(rf"(?:(?<![\w)\]])-)?(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)")
 CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+TAGGED_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 END_OF_THINKING = "</think>"
 
@@ -55,6 +56,13 @@ def code_block(text: str) -> str | None:
     return found[-1] if found else None
 
 
+def program(text: str) -> str | None:
+    """Inside the last fenced block of Python after the thinking, or the last without a language where none has one."""
+    found = [(tag.strip().lower(), body) for tag, body in TAGGED_BLOCK.findall(after_thinking(text))]
+    bodies = [body for tag, body in found if tag.startswith("py")] or [body for tag, body in found if not tag]
+    return bodies[-1] if bodies else None
+
+
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`; all of it where there is none."""
     return text.rpartition(END_OF_THINKING)[2]
@@ -92,6 +100,7 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
     "boxed": boxed,
     "code_block": code_block,
     "final": final,
+    "program": program,
 }
 
 

@@ -6,11 +6,14 @@ parent -> Compare | RunProgram;   child -> Verdict | Refused        ... until th
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from typing import Literal, TypeAlias
 
 import msgspec
+
+from async_rl.config import Rewards
 
 Kind: TypeAlias = Literal["math", "code"]
 
@@ -20,8 +23,7 @@ MAX_FRAME = 256 << 20
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
     kind: Kind
-    memory_mb: int
-    """Of a math grader's process; of all processes of a program together."""
+    settings: Rewards
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -35,9 +37,44 @@ class Compare(msgspec.Struct, frozen=True, tag=True):
     right: list[str]
 
 
+class Case(msgspec.Struct, frozen=True):
+    """What a script reads, and what it has to write."""
+
+    stdin: str
+    stdout: str
+
+
+class RunProgram(msgspec.Struct, frozen=True, tag=True):
+    """Does a program pass its tests? There are cases, or asserts."""
+
+    program: str
+    time_limit_s: float
+    """Seconds of CPU that one test may take; of the clock three times as many, and one."""
+    cases: list[Case] = []
+    asserts: list[str] = []
+    """Sources of tests, run in order in one namespace."""
+    to_the_end: bool = False
+    """Also after a test that failed."""
+
+    @property
+    def num_tests(self) -> int:
+        return len(self.cases) + len(self.asserts)
+
+    @property
+    def cpu_s(self) -> int:
+        """Of one process; functions that asserts call live through all of them."""
+        return math.ceil(self.time_limit_s) * max(1, len(self.asserts))
+
+    @property
+    def wall_s(self) -> float:
+        """Of one test."""
+        return 3 * self.time_limit_s + 1
+
+
 class Verdict(msgspec.Struct, frozen=True, tag=True):
     value: float
     reason: str
+    """As in Grade."""
     detail: str = ""
     passed: int = 0
     total: int = 1
@@ -51,7 +88,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """What was asked for is wrong or missing here (a UserError)."""
 
 
-ToChild = Setup | Compare
+ToChild = Setup | Compare | RunProgram
 FromChild = Ready | Verdict | Refused
 to_child = msgspec.msgpack.Decoder(ToChild)
 from_child = msgspec.msgpack.Decoder(FromChild)

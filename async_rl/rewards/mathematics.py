@@ -53,7 +53,7 @@ async def math(
     undecided = [one for one, verdict in verdicts.items() if verdict is None]
     if not undecided or not symbolic:
         return Grade(0.0, "different", said)
-    check()
+    require_math()
     try:
         verdict = await pool("math").grade(Compare(said, undecided), deadline_s=settings().deadline_s)
     except GradingFailed as failure:
@@ -63,7 +63,7 @@ async def math(
     return Grade(verdict.value, verdict.reason, said)
 
 
-def check() -> None:
-    """Raises MissingExtra where math-verify is not installed."""
+def require_math() -> None:
+    """For `needs` of an environment. Raises MissingExtra where math-verify is not installed."""
     if find_spec(symbolic.MODULE) is None:
         require(symbolic.MODULE, symbolic.EXTRA, "comparing formulae")

@@ -27,6 +27,7 @@ from async_rl.rewards.jobs import (
     Kind,
     Ready,
     Refused,
+    RunProgram,
     Setup,
     ToChild,
     Verdict,
@@ -36,6 +37,8 @@ from async_rl.rewards.jobs import (
 
 START_S = 120.0
 """For a process to import what it needs: half a second, on a machine that has nothing else to do."""
+LEAVE_S = 5.0
+"""For an idle process to end by itself, before it is killed."""
 JOBS = 2_000
 """A process that has done so many makes room for a new one: sympy remembers a lot."""
 
@@ -72,7 +75,7 @@ class Pool:
         self._free: list[_Process] = []
         self._keeper = asyncio.create_task(self._keep(), name=f"{kind} graders")
 
-    async def grade(self, job: Compare, *, deadline_s: float) -> Verdict:
+    async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
         """
         Raises:
             GradingFailed: no verdict; the process hung, died, or could not be set up.
@@ -94,7 +97,7 @@ class Pool:
                     self._free.append(process)
                 else:
                     self._processes.discard(process)
-                    await process.end()
+                    await (process.leave() if done else process.end())
         if isinstance(answer, Verdict):
             return answer
         _refuse(answer)
@@ -105,7 +108,7 @@ class Pool:
         ready = False
         try:
             async with asyncio.timeout(START_S):
-                answer = await process.ask(Setup(self._kind, self._settings.memory_mb))
+                answer = await process.ask(Setup(self._kind, self._settings))
             ready = isinstance(answer, Ready)
         except TimeoutError:
             raise GradingFailed(f"{self._kind}: a grader was not ready after {START_S:.0f} s") from None
@@ -125,7 +128,8 @@ class Pool:
             await asyncio.get_running_loop().create_future()
         finally:
             _pools.pop((asyncio.get_running_loop(), self._kind), None)
-            await asyncio.gather(*(process.end() for process in self._processes))
+            free, busy = self._free, self._processes.difference(self._free)
+            await asyncio.gather(*(process.leave() for process in free), *(process.end() for process in busy))
 
 
 class _Process:
@@ -155,6 +159,14 @@ class _Process:
         await self._writer.drain()
         (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
         return from_child.decode(await self._reader.readexactly(size))
+
+    async def leave(self) -> None:
+        """One that is idle tidies up."""
+        self._writer.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._process.wait()
+        await self.end()
 
     async def end(self) -> int:
         """SIGKILL. Its exit code; minus the signal that ended it, which may have come before."""

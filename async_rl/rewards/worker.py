@@ -5,6 +5,7 @@ It ends when its parent closes the socket or dies, and is killed when a job take
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import resource
@@ -13,12 +14,30 @@ import socket
 import sys
 from collections.abc import Callable
 
+import msgspec
+
+from async_rl.config import Rewards
 from async_rl.errors import GradingFailed, UserError
 from async_rl.rewards.jobs import Compare, FromChild, Ready, Refused, Setup, ToChild, Verdict, frame, receive
 
 PR_SET_PDEATHSIG = 1
 
 Grader = Callable[[ToChild], FromChild]
+
+
+CHECK = "check"
+"""Instead of a parent: look at this machine, with the settings on standard input as JSON."""
+
+
+def check() -> int:
+    from async_rl.rewards import sandbox
+
+    try:
+        sandbox.check(msgspec.json.decode(sys.stdin.buffer.read(), type=Rewards))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def main(parent: int) -> None:
@@ -39,8 +58,13 @@ def main(parent: int) -> None:
 
 
 def _make(setup: Setup) -> Grader:
-    assert setup.kind == "math"
-    return _math(setup.memory_mb << 20)
+    if setup.kind == "math":
+        return _math(setup.settings.memory_mb << 20)
+    from async_rl.rewards.grading import ProgramGrader
+
+    grader = ProgramGrader(setup.settings)
+    atexit.register(grader.close)
+    return grader
 
 
 def _math(memory: int) -> Grader:
@@ -69,4 +93,6 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == CHECK:
+        sys.exit(check())
     main(int(sys.argv[1]))

@@ -115,6 +115,7 @@ def evaluate(
     _check(tasks, samples, temperature, split)
     environment = find(run.environment)
     configure(run.rewards)
+    environment.needs()
     chosen = _tasks(make_tasks(environment, run.environment.options, run.seed), split, tasks)
     sampling = Sampling(run.rollout.max_new_tokens, temperature, run.seed)
     leases = [

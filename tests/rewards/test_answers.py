@@ -43,6 +43,11 @@ from async_rl.rewards.answers import EXTRACTORS, extract
         ("final", "It is $\\pi$", "\\pi"),
         ("final", "I do not know.", None),
         ("final", r"\boxed{}", None),
+        ("program", "```python\n1\n```\nprints\n```\n2\n```", "1"),
+        ("program", "```\n1\n```\nor\n```\n2\n```", "2"),
+        ("program", "```py\n1\n```\n</think>\n```Python3\n2\n```\n```text\n3\n```", "2"),
+        ("program", "```python\n1\n```</think> I cannot.", None),
+        ("program", "```python\n1", None),
     ],
 )
 def test_answers_are_extracted(how: str, reply: str, answer: str | None) -> None:

@@ -41,13 +41,29 @@ def test_the_episode_in_one_line() -> None:
     assert asyncio.run(episode(task, Says("Это 0.7."))).value == 0.0
 
 
+def test_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("async_rl.rewards.pool._settings", config.Rewards(workers=1, unsafe_code=True))
+    found = names(EXAMPLES[1])
+    rows = [found["tasks"](1).train(i) for i in range(2)]
+    functions, script = sorted(rows, key=lambda row: row["prompt"], reverse=True)
+    right = {
+        functions["prompt"]: "```python\ndef add(a, b):\n    return a + b\n```",
+        script["prompt"]: "```\nprint(sum(map(int, input().split())))\n```",
+    }
+
+    async def both() -> list[float]:
+        return [await found["programs"](Task("t", row), Says(right[row["prompt"]])) for row in (functions, script)]
+
+    assert asyncio.run(both()) == [1.0, 1.0]
+
+
 def test_every_reward_is_described() -> None:
     for name in set(rewards.__all__) - {"Grade", "configure"}:
-        assert f"{name}(" in PAGE or f"`{name}`" in PAGE, name
+        assert re.search(rf"\b{name}\b", PAGE), name
 
 
 def test_the_settings_are_those_of_the_recipe() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", PAGE, re.MULTILINE)
     said = {name: default.strip() for name, default in rows}
     defaults = msgspec.to_builtins(config.Rewards())
-    assert said == {name: str(value).removesuffix(".0") for name, value in defaults.items()}
+    assert said == {name: str(value).removesuffix(".0").lower() for name, value in defaults.items()}
