@@ -78,6 +78,9 @@ bench: bench-overlap bench-losses bench-engine bench-ledger bench-weights  ## ev
 bench-ledger: $(STAMP)  ## rollouts a second through the controller and its ledger, beside raw LMDB
 	$(BIN)/python bench/ledger.py
 
+bench-grading: $(STAMP)  ## gradings a second: math-verify and sandboxed programs, beside the same without processes
+	$(BIN)/python bench/grading.py
+
 bench-peers: $(STAMP)  ## one step of SFT, DPO and PPO of ours against TRL's trainers: loss and weights after it
 	$(BIN)/python bench/peer_steps.py
 

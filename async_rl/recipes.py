@@ -19,6 +19,8 @@ from async_rl.tables import apply_override, convert
 
 MODEL_SECTIONS = ("model", "reference", "critic", "reward_model")
 """Those whose `path` is a model directory."""
+DATA_OPTIONS = ("data", "heldout_data")
+"""Options of an environment that name files."""
 
 
 def load(recipe: Path, overrides: typing.Sequence[str] = ()) -> Run:
@@ -74,6 +76,17 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> None:
         if isinstance(path, str) and path and (key != "module" or path.endswith(".py")):
             found = folder / path  # not resolved where it is a program: a virtual environment's Python is a link
             typing.cast(dict[str, Any], inner)[key] = str(found.absolute() if key == "python" else found.resolve())
+    _resolve_data(table, folder)
+
+
+def _resolve_data(table: dict[str, Any], folder: Path) -> None:
+    """Files that an environment's options name, if they are there: what else an option says is its own."""
+    section: Any = table.get("environment")
+    options = typing.cast(dict[str, Any], section).get("options") if isinstance(section, dict) else None
+    for key in DATA_OPTIONS:
+        path = typing.cast(dict[str, Any], options).get(key) if isinstance(options, dict) else None
+        if isinstance(path, str) and path and (folder / path).is_file():
+            typing.cast(dict[str, Any], options)[key] = str((folder / path).resolve())
 
 
 def from_table(table: dict[str, Any]) -> Run:

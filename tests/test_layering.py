@@ -24,6 +24,8 @@ TORCH_FREE = [
     "async_rl.engines.sglang.client",
     "async_rl.engines.sglang.contract",
     "async_rl.doctor.examine",
+    "async_rl.environments.code",
+    "async_rl.environments.math",
     "async_rl.environments.reasoning_gym",
     "async_rl.environments.sorting",
     "async_rl.launch.local",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 THOUSANDS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])"
 NUMBER = re.compile(rf"(?:(?<![\w)\]])-)?(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)")
+QUANTITY = re.compile(rf"{NUMBER.pattern}(?:/[1-9][0-9]*(?![0-9/]))?")
 CODE_BLOCK = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 TAGGED_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)```", re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -18,8 +19,7 @@ def last_number(text: str) -> str | None:
     >>> last_number("A dozen is 12, a thousand of them 12,000.")
     '12000'
     """
-    found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return found[-1].replace(",", "") if found else None
+    return _last(NUMBER, text)
 
 
 def last_line(text: str) -> str | None:
@@ -70,8 +70,8 @@ def after_thinking(text: str) -> str:
 
 def final(text: str) -> str | None:
     r"""The answer of a mathematical reply, after its thinking: the last \boxed{...}, else (in) the last
-    <answer>...</answer>, else the last formula between dollars, \(...\) or \[...\], or the last number, whichever comes
-    later.
+    <answer>...</answer>, else the last formula between dollars, \(...\) or \[...\], or the last number or ratio of two,
+    whichever comes later.
 
     >>> final(r"<think>Is it 7?</think> With $x = 2$ it is \boxed{4}, not 5.")
     '4'
@@ -85,10 +85,10 @@ def final(text: str) -> str | None:
     inside = tag(text)
     if inside is not None:
         return final(inside) if FORMULA.search(inside) else inside
-    formulas, number = list(FORMULA.finditer(text)), last_number(text)
+    formulas, number = list(FORMULA.finditer(text)), _last(QUANTITY, text)
     if not formulas:
         return number
-    later = last_number(text[formulas[-1].end() :])
+    later = _last(QUANTITY, text[formulas[-1].end() :])
     return later if later is not None else next(part for part in formulas[-1].groups() if part is not None)
 
 
@@ -107,3 +107,8 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
 def extract(how: str, text: str) -> str | None:
     """The answer in a reply, without the white space around it; None if there is none."""
     return (EXTRACTORS[how](text) or "").strip() or None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found: list[str] = pattern.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return found[-1].replace(",", "") if found else None

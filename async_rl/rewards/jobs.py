@@ -17,6 +17,8 @@ from async_rl.config import Rewards
 
 Kind: TypeAlias = Literal["math", "code"]
 
+CHECK = "check"
+"""What the child gets instead of its parent's id: it only looks at the machine, and no frames go anywhere."""
 HEADER = struct.Struct(">I")
 MAX_FRAME = 256 << 20
 

@@ -12,10 +12,9 @@ import msgspec
 from async_rl.errors import GradingFailed, UserError
 from async_rl.rewards import answers
 from async_rl.rewards.grade import Grade
-from async_rl.rewards.jobs import Case, RunProgram
+from async_rl.rewards.jobs import CHECK, Case, RunProgram
 from async_rl.rewards.mathematics import OnFailure
 from async_rl.rewards.pool import pool, settings
-from async_rl.rewards.worker import CHECK
 
 SETUP_S = 120.0
 """What a grader may take for everything but the tests."""

@@ -18,18 +18,15 @@ import msgspec
 
 from async_rl.config import Rewards
 from async_rl.errors import GradingFailed, UserError
-from async_rl.rewards.jobs import Compare, FromChild, Ready, Refused, Setup, ToChild, Verdict, frame, receive
+from async_rl.rewards.jobs import CHECK, Compare, FromChild, Ready, Refused, Setup, ToChild, Verdict, frame, receive
 
 PR_SET_PDEATHSIG = 1
 
 Grader = Callable[[ToChild], FromChild]
 
 
-CHECK = "check"
-"""Instead of a parent: look at this machine, with the settings on standard input as JSON."""
-
-
 def check() -> int:
+    """Look at this machine, with the settings on standard input as JSON."""
     from async_rl.rewards import sandbox
 
     try:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from async_rl.errors import UserError
+from async_rl.json_lines import Message, read
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.stages.config import StageRecipe
 from async_rl.stages.examples import Examples, tokenise
 from async_rl.stages.rows import (
     Conversation,
-    Message,
     OnlyPrompt,
     Pair,
     PromptResponse,
@@ -24,7 +24,6 @@ from async_rl.stages.rows import (
     preference_row,
     prompt_response_row,
     prompt_row,
-    read,
     reward_row,
     sft_row,
 )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from async_rl.errors import UserError
+from async_rl.json_lines import Row
 from async_rl.learner.packing import Ints, PackedTokens, Sequences, families, pack_sequences, ranges
-from async_rl.stages.rows import Row
 from async_rl.stages.templates import Tokens
 
 R = TypeVar("R")

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from async_rl.errors import UserError
+from async_rl.json_lines import Message, Prompt
 from async_rl.models.text import encode
-from async_rl.stages.rows import Message, Prompt
 
 
 class Tokens(NamedTuple):

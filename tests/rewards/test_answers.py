@@ -41,6 +41,8 @@ from async_rl.rewards.answers import EXTRACTORS, extract
         ("final", r"For $x = 2$ it is \[ x^2 + 1 \].", "x^2 + 1"),
         ("final", "At $5 each, 3 of them cost $15.", "15"),
         ("final", "It is $\\pi$", "\\pi"),
+        ("final", "Half of 7 is 7/2.", "7/2"),
+        ("final", "On 3/4/2020 it was -1,000/3", "-1000/3"),
         ("final", "I do not know.", None),
         ("final", r"\boxed{}", None),
         ("program", "```python\n1\n```\nprints\n```\n2\n```", "1"),

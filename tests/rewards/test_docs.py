@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from async_rl import config, rewards
+from async_rl import config, recipes, rewards
+from async_rl.environments.api import find, make_tasks
+from async_rl.tasks.source import train_task
 from async_rl.wire.messages import Task
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
@@ -57,13 +60,27 @@ def test_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(both()) == [1.0, 1.0]
 
 
+def test_the_recipe_without_python(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    rows = [{"prompt": f"Half of {n}?", "answer": f"{n}/2"} for n in range(9)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.toml").write_text('steps = 1\n[model.tiny]\ncharacters = "0"\n' + recipe)
+    chosen = recipes.load(tmp_path / "recipe.toml").environment
+    found = find(chosen)
+    task = train_task(make_tasks(found, chosen.options, 1), 0)
+    (right,) = task["answer"]
+    assert task["messages"][0]["content"].endswith("\nThink first, then put the answer in \\boxed{}.")
+    assert asyncio.run(found.episode(task, Says(rf"Well, \boxed{{{right}}}"))).value == 1.0
+    assert asyncio.run(found.episode(task, Says(f"Well, {right}"))).value == 0.0
+
+
 def test_every_reward_is_described() -> None:
     for name in set(rewards.__all__) - {"Grade", "configure"}:
         assert re.search(rf"\b{name}\b", PAGE), name
 
 
 def test_the_settings_are_those_of_the_recipe() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|([^|]*)\|", PAGE.partition("## In the recipe")[2], re.MULTILINE)
     said = {name: default.strip() for name, default in rows}
     defaults = msgspec.to_builtins(config.Rewards())
     assert said == {name: str(value).removesuffix(".0").lower() for name, value in defaults.items()}

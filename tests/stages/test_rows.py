@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from async_rl.errors import UserError
+from async_rl.json_lines import Message, read
 from async_rl.stages import rows
-from async_rl.stages.rows import Conversation, Message, Pair, PromptResponse, Ranked, Text
+from async_rl.stages.rows import Conversation, Pair, PromptResponse, Ranked, Text
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 GOOD: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Any]] = [
@@ -46,7 +47,7 @@ BAD: list[tuple[Callable[[dict[str, Any]], Any], str, str]] = [
 def test_rows(tmp_path: Path, parse: Any, row: dict[str, Any], found: Any) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("\n" + json.dumps(row) + "\n")
-    (one,) = rows.read(file, parse)
+    (one,) = read(file, parse)
     assert one.value == found and str(one) == f"{file}, line 2"
 
 
@@ -56,7 +57,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, parse: Any, line: str, says: str)
     file = tmp_path / "data.jsonl"
     file.write_text(f"{json.dumps(good)}\n\n{line}\n{json.dumps(good)}\n")
     with pytest.raises(UserError) as raised:
-        rows.read(file, parse)
+        read(file, parse)
     assert str(raised.value).startswith(f"{file}, line 3: ") and says in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -65,12 +66,12 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"line 1: .*it is not JSON"):
-        rows.read(file, rows.sft_row)
+        read(file, rows.sft_row)
 
 
 def test_files_without_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"empty\.jsonl: it has no rows; write one JSON object a line"):
-        rows.read(tmp_path / "empty.jsonl", rows.sft_row)
+        read(tmp_path / "empty.jsonl", rows.sft_row)
     with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
-        rows.read(tmp_path / "none.jsonl", rows.sft_row)
+        read(tmp_path / "none.jsonl", rows.sft_row)

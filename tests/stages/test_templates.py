@@ -8,9 +8,9 @@ import pytest
 
 from async_rl.config import TinyModel
 from async_rl.errors import UserError
+from async_rl.json_lines import Message
 from async_rl.models.text import encode_chat
 from async_rl.models.tiny import tiny_tokenizer
-from async_rl.stages.rows import Message
 from async_rl.stages.templates import Templates, Tokens
 
 MARKED = (
