@@ -146,7 +146,7 @@ class SGLang(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     python: str = ""
     """The Python that SGLang is installed in, absolute or relative to the recipe; default: this one."""
     arguments: list[str] = []
-    """More arguments of sglang.launch_server, such as ["--tp-size", "2"]."""
+    """More arguments of sglang.launch_server, such as ["--tp-size", "2"]. Its host, port and model are set already."""
     environment: dict[str, str] = {}
     """More environment variables of the server."""
     attach: list[str] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from operator import attrgetter
+from urllib.parse import urlsplit
 
 from async_rl.config import Optimizer, Run, SGLang
 from async_rl.errors import UserError
@@ -71,6 +73,16 @@ NOT_NEGATIVE = (
     ),
 )
 """What has to be 0 or more, where it is set."""
+WILDCARDS = ("0.0.0.0", "::")
+"""One can listen there, and reach nobody."""
+SERVER_IS_TOLD = {
+    "--port": "leave it out, any free one will do, or start the server yourself and write generator.sglang.attach",
+    "--host": "leave it out, only its generator talks to it, or start the server yourself and write "
+    "generator.sglang.attach",
+    "--model-path": "write model.path",
+    "--model": "write model.path",
+}
+"""Arguments of a SGLang server with which its generator would wait for it in vain, or for another model."""
 
 
 def check(run: Run) -> None:
@@ -97,10 +109,10 @@ def check_signs(recipe: object, *, positive: Iterable[str], not_negative: Iterab
     """Fields by their dotted names; one that is None is left out. Raises UserError."""
     for field in positive:
         value = attrgetter(field)(recipe)
-        demand(value is None or value > 0, field, value, "write a number above 0")
+        demand(value is None or 0 < value < math.inf, field, value, "write a number above 0")
     for field in not_negative:
         value = attrgetter(field)(recipe)
-        demand(value is None or value >= 0, field, value, "write 0 or more")
+        demand(value is None or 0 <= value < math.inf, field, value, "write 0 or more")
 
 
 def _addresses(run: Run) -> None:
@@ -111,7 +123,10 @@ def _addresses(run: Run) -> None:
     ]:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
     relay = run.weights.relay_url
-    demand(not relay or relay.startswith("http://"), "weights.relay_url", relay, "write http://host:port")
+    demand(not relay or _is_url(relay, "http"), "weights.relay_url", relay, "write http://host:port")
+    elsewhere = run.weights.transport == "http" and relay != ""
+    everywhere = run.weights.host in WILDCARDS and not elsewhere
+    demand(not everywhere, "weights.host", run.weights.host, "write the address at which generators reach the learner")
     demand(
         run.environment.endpoint_host not in ("", "0.0.0.0", "::"),
         "environment.endpoint_host",
@@ -124,6 +139,15 @@ def _addresses(run: Run) -> None:
         run.controller.host,
         "only loopback for now: another address needs CURVE keys, which are not there yet",
     )
+
+
+def _is_url(text: str, *schemes: str) -> bool:
+    """Of a host, with or without a port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _model(run: Run) -> None:
@@ -226,7 +250,15 @@ def _sglang(run: Run) -> None:
     urls = [("generator.sglang.attach", url) for url in server.attach]
     urls += [("generator.sglang.router", server.router)] if server.router else []
     for field, url in urls:
-        demand(url.startswith(("http://", "https://")), field, url, "write a URL, such as http://10.0.0.5:30000")
+        demand(_is_url(url, "http", "https"), field, url, "write a URL, such as http://10.0.0.5:30000")
+    host = server.host
+    demand(host not in ("", *WILDCARDS), "generator.sglang.host", host, "write the address at which servers reach it")
+    for argument in server.arguments:
+        instead = SERVER_IS_TOLD.get(argument.partition("=")[0], "")
+        demand(not instead, "generator.sglang.arguments", argument, f"a generator tells its server: {instead}")
+        apart = argument.split()
+        joined = argument.startswith("--") and len(apart) > 1 and "=" not in apart[0]
+        demand(not joined, "generator.sglang.arguments", argument, f"write {', '.join(map(repr, apart))}")
     if server.attach:
         enough = len({url.rstrip("/") for url in server.attach}) == len(server.attach) >= count
         demand(enough, "generator.sglang.attach", server.attach, f"write different URLs, at least {count}")
@@ -236,7 +268,7 @@ def _sglang(run: Run) -> None:
     demand(server.stream_tokens > 0, "generator.sglang.stream_tokens", server.stream_tokens, "write a number above 0")
     for field in ("pause_s", "start_s", "stuck_s"):
         value = getattr(server, field)
-        demand(value > 0, f"generator.sglang.{field}", value, "write seconds, above 0")
+        demand(0 < value < math.inf, f"generator.sglang.{field}", value, "write seconds, above 0")
 
 
 def _colocated(run: Run) -> None:

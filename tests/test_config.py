@@ -15,6 +15,11 @@ from async_rl.errors import UserError
 SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
 
 
+def test_everywhere_is_an_address_where_generators_know_another() -> None:
+    everywhere = ["weights.transport=http", "weights.host=0.0.0.0", "weights.relay_url=http://learner:8000"]
+    assert recipes.load(SORT, everywhere).weights.host == "0.0.0.0"
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -65,6 +70,28 @@ SORT = Path(__file__).resolve().parents[1] / "recipes" / "sort.toml"
         (
             "generator={engine='sglang', sglang={attach=['http://10.0.0.5:30000', 'http://10.0.0.5:30000/']}}",
             "generator.sglang.attach = ['http://10.0.0.5:30000', 'http://10.0.0.5:30000/']: write different URLs",
+        ),
+        (
+            "generator={engine='sglang', sglang={arguments=['--tp-size', '2', '--port=30000']}}",
+            "generator.sglang.arguments = '--port=30000': a generator tells its server: leave it out",
+        ),
+        (
+            "generator={engine='sglang', sglang={arguments=['--tp-size 2']}}",
+            "generator.sglang.arguments = '--tp-size 2': write '--tp-size', '2'",
+        ),
+        (
+            "generator={engine='sglang', sglang={attach=['http://10.0.0.5:b']}}",
+            "generator.sglang.attach = 'http://10.0.0.5:b': write a URL, such as http://10.0.0.5:30000",
+        ),
+        (
+            "generator={engine='sglang', sglang={host='0.0.0.0'}}",
+            "generator.sglang.host = '0.0.0.0': write the address",
+        ),
+        ("weights={transport='process_group', host='0.0.0.0'}", "weights.host = '0.0.0.0': write the address at which"),
+        ("weights.timeout_s=inf", "weights.timeout_s = inf: write a number above 0"),
+        (
+            "generator={engine='sglang', sglang={arguments=['--model-path', '/m']}}",
+            "generator.sglang.arguments = '--model-path': a generator tells its server: write model.path",
         ),
         ("checkpoint.keep_best=1", "evaluation.every_steps = 0: checkpoint.keep_best needs an evaluation of every"),
     ],

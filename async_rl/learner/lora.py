@@ -3,9 +3,10 @@
     adapters = add_adapters(model, run.learner.lora, seed=run.seed, base=run.model.path)
     adapters.merged(model.named_parameters())       # W + (alpha / rank) B A, under the names of the model without them
 
-Engines get merged weights, made on the way into the publisher's buffer, so that they know nothing of adapters: what
-travels is as large as without. (Adapters alone would need an engine that holds them beside its base; none of ours
-does.) Checkpoints hold the adapters as peft stores them, and the merged model unless the recipe says otherwise.
+Engines get merged weights, made on the way into the publisher's buffer, so that they know nothing of adapters. Over
+HTTP only what a step changes of them travels, which is about as little as the adapters
+(docs/decisions/2026-11-26-lora-travels-merged.md).
+Checkpoints hold the adapters as peft stores them, and the merged model unless the recipe says otherwise.
 """
 
 from __future__ import annotations

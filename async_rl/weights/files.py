@@ -110,7 +110,7 @@ class WeightFiles:
         """Complete it, once; all but the newest two may be overwritten. checksums: of the buckets, where known.
 
         Raises:
-            WeightsError: it cannot be given its name, now or ever.
+            WeightsError: it cannot be given its name.
         """
         if draft.file is not None:
             return draft.file
@@ -118,9 +118,10 @@ class WeightFiles:
         header = Header(weights, self._layout.nbytes, combine(buckets), self._layout.fingerprint)
         head = encode_head(Manifest(header, buckets, self._layout))
         draft.slot.data[: self._start] = np.frombuffer(head, np.uint8)
-        directory = draft.slot.path.parent
-        path = directory / file_name(weights)
         with self._lock:
+            if draft.slot.gone:
+                self._move(draft)
+            path = draft.slot.path.with_name(file_name(weights))
             for same in [whole for whole in self._whole if whole.slot.path == path]:
                 self._whole.remove(same)
                 same.slots.drop(same.slot)
@@ -174,6 +175,14 @@ class WeightFiles:
         slots = self._slots.setdefault(directory, Slots(directory, size, pinned=self._pinned and in_memory))
         slot = slots.take()
         return Draft(torch.from_numpy(slot.data)[self._start :], slot, slots)
+
+    def _move(self, draft: Draft) -> None:
+        """Somebody removed its file, as systemd does with what is in /dev/shm when a user logs out (RemoveIPC). Raises
+        WeightsError: there is no room for another one."""
+        made = self._in_some_directory("weights whose file was removed", self._draft)
+        made.slot.data[:] = draft.slot.data
+        draft.slots.drop(draft.slot)
+        draft.payload, draft.slot, draft.slots = made.payload, made.slot, made.slots
 
     def _in_some_directory(self, what: str, make: Callable[[Path], T]) -> T:
         problems: list[str] = []

@@ -79,7 +79,7 @@ class RelayClient:
             WeightsGone: what was announced is not there any more, nor anything newer.
             WeightsMismatch: they are of another model.
             WeightsCorrupt: a bucket came damaged several times, or the whole is not what its checksum says.
-            WeightsError: nothing has come for `timeout_s`, or the relay refuses us.
+            WeightsError: nothing has come for `timeout_s`, or the relay refuses us, or its files were removed.
         """
         source = _Source(announce, self._timeout_s, self._stopped, self._opened)
         try:
@@ -88,15 +88,18 @@ class RelayClient:
             source.close()
 
     def _fetch_newest(self, source: _Source, announce: WeightsAnnounce) -> Snapshot:
+        gone: list[_Listed] = []
         while True:
             files = source.index()
             newest = files[-1] if files else None
             if newest is None or newest.weights < announce.weights:
                 raise WeightsGone(f"weights {name(announce.weights)} are not at the relay: newer ones are on their way")
+            if files == gone:
+                raise WeightsError(f"the relay at {announce.location} lists {newest.name} and does not have it")
             try:
                 return self._fetch(source, files)
             except _Gone:
-                continue  # replaced while it was fetched: there are newer ones, and we have got on
+                gone = files  # replaced while it was fetched: there are newer ones, and we have got on
             except WeightsCorrupt:
                 self.fetched = None  # next time without deltas
                 raise

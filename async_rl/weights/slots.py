@@ -54,8 +54,8 @@ class Slot:
 
     @property
     def gone(self) -> bool:
-        """Somebody removed it: it cannot be given a name any more."""
-        return os.fstat(self._descriptor).st_nlink == 0
+        """We dropped it, or somebody removed it: it cannot be given a name any more."""
+        return self._descriptor < 0 or os.fstat(self._descriptor).st_nlink == 0
 
     def begin(self) -> bool:
         """For writing, if nobody reads it: then it has no final name until `finish`."""
@@ -79,6 +79,7 @@ class Slot:
         with contextlib.suppress(OSError):
             self.path.unlink()
         os.close(self._descriptor)
+        self._descriptor = -1
         if self._pinned:
             _runtime().cudaHostUnregister(self.data.ctypes.data)
 

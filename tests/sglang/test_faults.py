@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from async_rl.engines.sglang import worker
 from async_rl.engines.sglang.contract import version_name
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.errors import UserError
@@ -102,6 +105,33 @@ def test_a_server_killed_under_load_is_started_again(
             assert engine.gauges()["restarts"] == 2
             left = ours(engine)
         assert not left.is_running(), "the server ends with its engine"
+
+    asyncio.run(main())
+
+
+def test_one_of_two_servers_hangs(
+    server: Server, another: Server, tmp_path: Path, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes no connection, and says nothing: what is with it is sampled again by the other one. Then it goes on."""
+    monkeypatch.setattr(worker, "PROBE_ANSWER_S", 0.3)
+    monkeypatch.setattr(worker, "PROBE_S", 0.1)
+
+    async def main() -> None:
+        engine = make_engine(tmp_path, attach=[server.url, another.url], slots=12)
+        async with running(engine) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(24)
+            await feed.grow()
+            os.killpg(another.process.pid, signal.SIGSTOP)
+            try:
+                await feed.finish()
+                assert engine.gauges()["servers_ready"] == 1
+            finally:
+                os.killpg(another.process.pid, signal.SIGCONT)
+            await engine.load_weights(snapshot(models, 1))
+            feed.submit(8)
+            await feed.finish()
+            feed.check(models)
 
     asyncio.run(main())
 

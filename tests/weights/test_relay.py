@@ -23,6 +23,7 @@ from async_rl.weights.checksum import BUCKET_BYTES
 from async_rl.weights.distribution import Distribution
 from async_rl.weights.errors import WeightsCorrupt, WeightsError, WeightsGone, WeightsMismatch
 from async_rl.weights.files import WeightFiles
+from async_rl.weights.places import memory_directory
 from async_rl.weights.receiver import Receiver
 from async_rl.weights.relay import Relay
 from async_rl.weights.relay_client import RelayClient
@@ -137,6 +138,17 @@ def test_what_is_not_there(learner: Learner) -> None:
         assert refused(announce, path) == 404
     with pytest.raises(WeightsGone, match=r"weights 1\.9 are not at the relay"):
         RelayClient(LARGE).fetch(replace(announce, weights=WeightsId(1, 9)))
+
+
+def test_a_file_that_somebody_removed_is_named(learner: Learner, tmp_path: Path) -> None:
+    """It is listed, and not there: asking again and again would not help before there are newer weights."""
+    announce, directory = learner.send(1), memory_directory(tmp_path)
+    assert directory is not None
+    (directory / "weights-1-1.safetensors").unlink()
+    client = RelayClient(LARGE)
+    with pytest.raises(WeightsError, match=r"the relay at .* lists weights-1-1\.safetensors and does not have it"):
+        client.fetch(announce)
+    assert client.fetch(learner.send(2)).weights == WeightsId(1, 2)
 
 
 def test_another_model_is_refused(learner: Learner) -> None:

@@ -177,23 +177,36 @@ def test_nowhere_to_write_is_a_weights_error(tmp_path: Path) -> None:
     publisher.close()
 
 
-def test_files_that_somebody_removes_cost_one_version(tmp_path: Path) -> None:
-    """Which cannot be given its name, however often it is sent; the next one has a file of its own."""
-    outbox = Outbox()
-    files = WeightFiles(tmp_path, SMALL)
-    sender = Distribution(files, mapped=True)
+def test_files_that_somebody_removes_are_made_again(tmp_path: Path) -> None:
+    """All of them, while the next weights are on their way into one."""
+    sender = sender_of(tmp_path, SMALL)
     for version in range(4):
         sent(sender, version)
     directory = memory_directory(tmp_path)
     assert directory is not None
     draft = drafted(sender, packed(SMALL, 4))
     shutil.rmtree(directory)
-    for _ in range(2):
-        with pytest.raises(WeightsError, match=r"weights 1\.4 could not be written: .*No such file"):
-            sender.send(WeightsId(1, 4), draft, outbox.announced.put)
-    assert outbox.announced.empty()
+    box: list[WeightsAnnounce] = []
+    sender.send(WeightsId(1, 4), draft, box.append)
+    assert holds(fetch(box[0], SMALL), SMALL, 4)
     for version in range(5, 9):
         assert holds(fetch(sent(sender, version), SMALL), SMALL, version)
+    sender.close()
+    assert not directory.exists()
+
+
+def test_weights_that_cannot_be_named_are_refused_however_often_they_are_sent(tmp_path: Path) -> None:
+    outbox = Outbox()
+    sender = sender_of(tmp_path, SMALL)
+    directory = memory_directory(tmp_path)
+    assert directory is not None
+    (directory / "weights-1-4.safetensors").mkdir()
+    draft = drafted(sender, packed(SMALL, 4))
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"weights 1\.4 could not be written: .*Is a directory"):
+            sender.send(WeightsId(1, 4), draft, outbox.announced.put)
+    assert outbox.announced.empty()
+    assert holds(fetch(sent(sender, 5), SMALL), SMALL, 5)
     sender.close()
 
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,8 @@ class Calls:
         self._running: dict[int, Live] = {}
         self._ready: deque[Live] = deque()
         """Running, and not with a server."""
+        self._under_way: dict[Worker, set[asyncio.Timeout]] = {worker: set() for worker in workers}
+        """Calls, by whom they were sent to; without a deadline of their own."""
         self._serial = itertools.count()
         self._process = f"{os.getpid():08d}"
         self._tasks: asyncio.TaskGroup | None = None
@@ -219,6 +222,8 @@ class Calls:
             log.warning("%s: %d pieces are sampled again", error, len(open_pieces))
             for one in self._busy(worker):
                 one.suspect()
+        except TimeoutError:
+            log.warning("SGLang server %s hangs: %d pieces are sampled again", worker.client.url, len(open_pieces))
         except ContractBroken as error:
             log.warning("%s: %d pieces are sampled again", error, len(open_pieces))
         except ServerRefused as error:
@@ -239,21 +244,42 @@ class Calls:
         self.admit()
 
     async def _listen(self, worker: Worker, open_pieces: dict[str, Live]) -> None:
-        """Take events until every piece is over; those that are leave `open_pieces`."""
+        """Take events until every piece is over; those that are leave `open_pieces`.
+
+        Raises:
+            TimeoutError: broken off.
+            ServerError, ContractBroken
+        """
         first = next(iter(open_pieces.values()))
         salt = version_name(self._owner, first.entry) if self._keeps_cache and first.entry is not None else ""
         pieces = [live.piece for live in open_pieces.values() if live.piece is not None]
         body = generate_body(pieces, stream_tokens=self._stream_tokens, salt=salt)
-        async for event in worker.client.generate(body, self._router):
-            live = open_pieces.get(event["meta_info"]["id"])
-            if live is None or live.piece is None:
-                continue
-            if live.piece.take(event):
-                self._stepped()
-            if live.piece.reason is not None:
-                del open_pieces[live.piece.rid]
-                worker.restarts = 0
-                self._over(live, live.piece)
+        under_way = self._under_way[worker]
+        async with asyncio.timeout(None) as patience:
+            under_way.add(patience)
+            try:
+                async for event in worker.client.generate(body, self._router):
+                    self._hear(worker, open_pieces, event)
+            finally:
+                under_way.discard(patience)
+
+    def _hear(self, worker: Worker, open_pieces: dict[str, Live], event: dict[str, Any]) -> None:
+        live = open_pieces.get(event["meta_info"]["id"])
+        if live is None or live.piece is None:
+            return
+        if live.piece.take(event):
+            self._stepped()
+        if live.piece.reason is not None:
+            del open_pieces[live.piece.rid]
+            worker.restarts = 0
+            self._over(live, live.piece)
+
+    def break_off(self, worker: Worker) -> None:
+        """It hangs, so that its calls would never end. With a router any may be with it."""
+        now = asyncio.get_running_loop().time()
+        for one in self._busy(worker):
+            for patience in self._under_way[one]:
+                patience.reschedule(now)
 
     def _again(self, live: Live, refusal: ServerRefused | None = None) -> None:
         """Its piece is lost. refusal: nobody took it, as when a router has not seen yet that a server is back."""

@@ -323,6 +323,7 @@ class SGLangEngine:
                 off_device=settings.off_device,
                 owner=self._owner,
                 news=lambda: self._calls.admit(),
+                hangs=lambda one: self._calls.break_off(one),
             )
 
         if settings.command:

@@ -58,15 +58,17 @@ class Worker:
         off_device: bool = False,
         owner: str,
         news: Callable[[], None],
+        hangs: Callable[[Worker], None] = lambda _: None,
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
         long may somebody else pause it. router: what `url` is attached behind. others_work: whether requests go on
         while it is away. off_device: the device is somebody else's until the first weights. owner: whose weights it is
-        to hold. news: called when something may begin that could not."""
+        to hold. news: called when something may begin that could not. hangs: called where it is lost, and has not even
+        closed its connections."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._owner = owner
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
-        self._router, self._others_work = router, others_work
+        self._router, self._others_work, self._hangs = router, others_work, hangs
         self.out = False
         """The router passes nothing to it."""
         self.client = make_client(url)
@@ -76,6 +78,8 @@ class Worker:
         self._suspected = asyncio.Event()
         self._lost = ""
         """Why it must be given up."""
+        self._silent = False
+        """It took the last call that broke off, and said nothing."""
         self._doubted = False
         """It sampled with weights that are not ours, and was not looked at since."""
         self._target: Snapshot | None = None
@@ -142,6 +146,8 @@ class Worker:
                 self.restarted += 1
                 log.warning("SGLang server %s is gone (%s); %s", self.client.url, why, self._what_now())
                 await self._leave_router()
+                if self._silent:
+                    self._hangs(self)
                 if self.restarts > MAX_RESTARTS:
                     raise ServerFailed(
                         f"the SGLang server was lost {self.restarts} times in a row, last by {why}"
@@ -425,7 +431,9 @@ class Worker:
                 await self._join_router(self._router)
         except ServerError as error:
             log.warning("%s", error)
+            self._silent = isinstance(error.__cause__, TimeoutError)
             return False
+        self._silent = False
         return True
 
     async def _check_version(self) -> None:
