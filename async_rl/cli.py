@@ -105,7 +105,9 @@ def inspect(options: argparse.Namespace) -> int:
         report = inspection.inspect(directory.ledger, max_staleness=bound)
         print(json.dumps(report))
         return 0 if inspection.holds(report) else EXIT_FAILED
-    chosen = {name: getattr(options, name) for name in ("step", "group", "member", "worst", "best", "failures")}
+    chosen = {
+        name: getattr(options, name) for name in ("step", "group", "member", "worst", "best", "failures", "problems")
+    }
     browser = importlib.import_module("async_rl.telemetry.browser")
     browser.show(browser.find(directory, evaluation=options.eval, **chosen), as_json=options.json)
     return 0
@@ -225,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--group", type=int, help="prompt and completions of this group, coloured by version")
     page.add_argument("--eval", type=int, nargs="?", const=-1, metavar="VERSION", help="samples of an evaluation")
     page.add_argument("--failures", type=int, nargs="?", const=5, metavar="N", help="tracebacks of failed episodes")
+    text = "of a curriculum: those with the lowest success rates"
+    page.add_argument("--problems", type=int, nargs="?", const=20, metavar="N", help=text)
     one.add_argument("--member", type=int, help="with --group: only this one")
     one.add_argument("--worst", type=int, metavar="N", help="with --eval: the N lowest rewards")
     one.add_argument("--best", type=int, metavar="N", help="with --eval: the N highest rewards")

@@ -21,13 +21,16 @@ import numpy as np
 from rich.console import Console, Group
 
 from async_rl.config import Run
+from async_rl.environments.api import find as find_environment
+from async_rl.environments.api import make_tasks
 from async_rl.errors import UserError
 from async_rl.ledger import inspection, records
 from async_rl.ledger.ledger import load_run
-from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
+from async_rl.ledger.records import EventRecord, GroupRecord, ProblemRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, Snapshot, snapshot
 from async_rl.staleness.guard import measure
+from async_rl.tasks.curriculum import has_problems
 from async_rl.telemetry.journal import Row, summarise
 from async_rl.telemetry.pages import (
     KEEPING,
@@ -39,6 +42,8 @@ from async_rl.telemetry.pages import (
     Overview,
     Page,
     Piece,
+    Problem,
+    ProblemsPage,
     Readable,
     Rollout,
     Sample,
@@ -85,13 +90,14 @@ def find(
     worst: int | None = None,
     best: int | None = None,
     failures: int | None = None,
+    problems: int | None = None,
 ) -> Page:
     """The page that the options of `async-rl inspect` ask for; the overview if they ask for none.
 
     Raises:
         UserError: it is no run directory, there is no such thing in it, or its tokens are gone. LedgerCorrupt.
     """
-    pages = {"--step": step, "--group": group, "--eval": evaluation, "--failures": failures}
+    pages = {"--step": step, "--group": group, "--eval": evaluation, "--failures": failures, "--problems": problems}
     for alternatives in (pages, {"--worst": worst, "--best": best}):
         given = [option for option, value in alternatives.items() if value is not None]
         if len(given) > 1:
@@ -113,6 +119,8 @@ def find(
             return _step(store, run, step)
         if group is not None:
             return _group(directory, store, run, group, member)
+        if problems is not None:
+            return _problems(store, run, problems)
         return _overview(directory, store, run)
 
 
@@ -315,6 +323,27 @@ def _failures(directory: RunDirectory, count: int) -> FailuresPage:
         raise UserError(f"--failures {count}: write 1 or more")
     failures = [msgspec.convert(row, Failure) for row in directory.load_failures()]
     return FailuresPage(len(failures), alike(failure.reason for failure in failures), failures[-count:])
+
+
+def _problems(store: Reader, run: Run, count: int) -> ProblemsPage:
+    if count < 1:
+        raise UserError(f"--problems {count}: write 1 or more")
+    if run.curriculum.sampling == "uniform":
+        raise UserError("--problems: this run has no curriculum, so nobody counts how often a problem is solved")
+    known = [
+        (record.rate, int(key.rpartition(b"/")[2], 16), record.rollouts)
+        for key, value in store.scan(b"problem/")
+        for record in [records.decode(key, value, ProblemRecord)]
+    ]
+    try:
+        source = make_tasks(find_environment(run.environment), run.environment.options, run.seed)
+    except UserError:  # it has moved, or needs what is not installed here
+        source = None
+    hardest = [
+        Problem(number, rate, rollouts, dict(source.problem(number, 0)) if source and has_problems(source) else {})
+        for rate, number, rollouts in sorted(known)[:count]
+    ]
+    return ProblemsPage(len(known), hardest)
 
 
 # --- from records to pages ------------------------------------------------------------------------------------

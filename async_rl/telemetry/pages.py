@@ -306,7 +306,35 @@ class FailuresPage(msgspec.Struct, frozen=True):
             yield _indented(_line(failure.traceback.rstrip()), plain)
 
 
-Page: TypeAlias = Overview | StepPage | GroupPage | EvaluationPage | FailuresPage
+class Problem(msgspec.Struct, frozen=True):
+    number: int
+    rate: float
+    """Moving success rate."""
+    rollouts: int
+    task: dict[str, Any]
+    """What its environment says now; empty where that cannot be loaded."""
+
+
+class ProblemsPage(msgspec.Struct, frozen=True):
+    """Of a run with a curriculum."""
+
+    tried: int
+    problems: list[Problem]
+    """Those with the lowest success rates, hardest first."""
+
+    def draw(self, plain: bool) -> Drawing:
+        if not self.tried:
+            yield _line("no problem was tried yet")
+            return
+        yield _line(f"{self.tried} problems were tried; the {len(self.problems)} hardest:", BOLD)
+        table = _table("problem", "success", "rollouts", "task", left=("task",))
+        for one in self.problems:
+            task = _shown(one.task) if one.task else ""
+            table.add_row(*map(_line, (str(one.number), f"{one.rate:.2f}", str(one.rollouts), task)))
+        yield table
+
+
+Page: TypeAlias = Overview | StepPage | GroupPage | EvaluationPage | FailuresPage | ProblemsPage
 
 
 def clean(text: str) -> str:
@@ -412,10 +440,12 @@ def _origin(piece: Piece) -> str:
 
 
 def _task(id_: str, data: Mapping[str, Any]) -> Text:
+    return _line(f"task {id_}  {_shown(data)}")
+
+
+def _shown(data: Mapping[str, Any]) -> str:
     shown = json.dumps(msgspec.to_builtins(data), ensure_ascii=False)
-    if len(shown) > SHOWN_TASK_CHARACTERS:
-        shown = shown[:SHOWN_TASK_CHARACTERS] + " [...]"
-    return _line(f"task {id_}  {shown}")
+    return shown if len(shown) <= SHOWN_TASK_CHARACTERS else shown[:SHOWN_TASK_CHARACTERS] + " [...]"
 
 
 def _evaluations(summaries: Sequence[EvalSummary]) -> Table:

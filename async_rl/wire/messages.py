@@ -67,7 +67,7 @@ class RolloutResult(msgspec.Struct, frozen=True, gc=False):
     finish_reason: FinishReason = "eos"
 
 
-class Task(msgspec.Struct, frozen=True):
+class Task(msgspec.Struct, frozen=True, omit_defaults=True):
     """One problem. `data` is what the environment's task source returned; `task["key"]` reads it."""
 
     id: str

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from async_rl import recipes
 from async_rl.errors import UserError
 from async_rl.ledger.ledger import Keep, Ledger
-from async_rl.ledger.records import StepRecord
+from async_rl.ledger.records import ProblemRecord, StepRecord
 from async_rl.ledger.store import LmdbStore
 from async_rl.telemetry.browser import LAST, find, show
 from async_rl.telemetry.journal import EvalSummary, sample_row
@@ -31,6 +31,7 @@ from async_rl.telemetry.pages import (
     GroupPage,
     Overview,
     Page,
+    ProblemsPage,
     StepPage,
     clean,
     ranges,
@@ -332,6 +333,40 @@ def test_tracebacks_are_text(run: RunDirectory) -> None:
     assert "  ValueError: ␛]0;title␇ [red]" in text(find(run, failures=5)).splitlines()
 
 
+def test_the_hardest_problems_of_a_curriculum(tmp_path: Path) -> None:
+    module = tmp_path / "counting.py"
+    module.write_text(
+        "from async_rl import Rows, environment\n"
+        "tasks = lambda seed: Rows([{'count': n} for n in range(4)], heldout=0, seed=0)\n"
+        "@environment('counting', tasks=tasks)\n"
+        "async def counting(task, policy): return 0.0\n"
+    )
+    table = {"steps": 10, "model": {"path": "none"}, "curriculum": {"sampling": "prioritized"}}
+    table["environment"] = {"name": "counting", "module": str(module)}
+    run = RunDirectory(tmp_path / "run")
+    run.create(recipes.from_table(table))
+
+    async def play() -> None:
+        ledger = await Ledger.open(LmdbStore(run.ledger))
+        ledger.on_rest = lambda group: ProblemRecord(0.25 * group.task.problem, 1)
+        for number in (3, 1, 2):
+            group = ledger.admit(Task("train", {}, number), 1, 0)
+            ledger.score(group.id, [rollout(0, "^1=$", [(2, 3, 0, 0)])])
+        await ledger.close()
+
+    asyncio.run(play())
+    page = find(run, problems=2)
+    assert isinstance(page, ProblemsPage)
+    assert (page.tried, [(one.number, one.rate, one.rollouts) for one in page.problems]) == (
+        3,
+        [(1, 0.25, 1), (2, 0.5, 1)],
+    )
+    shown = text(page)
+    assert "3 problems were tried; the 2 hardest:" in shown and '{"count": ' in shown
+    module.unlink()
+    assert [one.task for one in find(run, problems=9).problems] == [{}, {}, {}]
+
+
 @pytest.mark.parametrize("options", [{}, {"step": STEP}, {"group": 0}, {"evaluation": LAST}, {"failures": 2}])
 def test_json_has_it_all(run: RunDirectory, capsys: pytest.CaptureFixture[str], options: dict[str, int]) -> None:
     page = find(run, **options)
@@ -377,6 +412,7 @@ def test_what_does_not_fit_on_the_screen_goes_through_the_pager(
         ({"evaluation": LAST, "best": 1, "worst": 1}, r"--worst and --best: write one of them$"),
         ({"step": STEP, "group": 0}, r"--step and --group: write one of them$"),
         ({"failures": 0}, r"--failures 0: write 1 or more$"),
+        ({"problems": 3}, r"--problems: this run has no curriculum"),
     ],
 )
 def test_wrong_input_says_what_there_is(run: RunDirectory, options: dict[str, int], says: str) -> None:
