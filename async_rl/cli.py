@@ -171,7 +171,9 @@ def serve(options: argparse.Namespace) -> NoReturn:
         run = RunDirectory(path.parent).load_config() if path.name == "config.json" else recipes.load(path)
         service = importlib.import_module(f"async_rl.services.{options.role}")
         name = options.name or f"{options.role}-0"
-        code = service.main(run, child.ServeOptions(Path(options.run_dir), name, options.connect), parent)
+        code = service.main(
+            run, child.ServeOptions(Path(options.run_dir), name, options.connect, options.secrets), parent
+        )
     except* (UserError, LedgerCorrupt) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
@@ -258,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--run-dir", required=True)
     one.add_argument("--connect", default="", help="address of the controller's stream for this role")
     one.add_argument("--name", default="", help="stable across restarts; default: ROLE-0")
+    text = "folder with the keys of the run; default: the run directory's (docs/security.md)"
+    one.add_argument("--secrets", type=Path, metavar="DIR", help=text)
     return parser
 
 

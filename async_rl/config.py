@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from async_rl.listening import LOOPBACK
+from async_rl.listening import is_loopback
 
 LEAST_FAILURES = 64
 Tracker: TypeAlias = Literal["tensorboard", "wandb", "trackio"]
@@ -264,6 +264,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
+    """Address or name of the controller's machine, where the other services reach it. Beyond loopback they need the
+    keys of the run (docs/security.md)."""
     port: int = 0
     """Rollout stream; the training stream takes the next one. 0 = any free ports."""
     admin_port: int = 0
@@ -274,6 +276,15 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """When no rollout ended for so long, say which are pending, in which stage, and at which generator."""
     keep_rollouts: Literal["sample", "all", "none"] = "sample"
     """Whose tokens stay on disk after a checkpoint covers them, for `inspect`: of one group a step, all, none."""
+
+
+class Security(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Keys of the streams and a token for HTTP, made in the run directory (docs/security.md)."""
+
+    loopback: bool = False
+    """Also where controller.host is loopback: on a machine that others have accounts on."""
+    insecure: bool = False
+    """No keys and no token beyond loopback: whoever reaches the ports can steer the run and put anything into it."""
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -418,6 +429,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     controller: Controller = Controller()
+    security: Security = Security()
     simulate: Simulate = Simulate()
     reference: Reference = Reference()
     critic: Critic = Critic()
@@ -434,6 +446,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.placement == "colocated"
 
     @property
+    def secured(self) -> bool:
+        """Whether services need the keys of the run."""
+        return self.security.loopback or not (self.security.insecure or is_loopback(self.controller.host))
+
+    @property
     def weights_host(self) -> str:
         """Where the learner can be reached."""
         return self.weights.host or self.controller.host
@@ -441,7 +458,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def weights_transport(self) -> Literal["auto", "shared_memory", "process_group", "http"]:
         """`auto` is `shared_memory` where nobody else can reach the learner."""
-        alone = self.weights.transport == "auto" and self.weights_host in LOOPBACK
+        alone = self.weights.transport == "auto" and is_loopback(self.weights_host)
         return "shared_memory" if alone else self.weights.transport
 
     @property

@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 from async_rl.config import Optimizer, Run, SGLang
 from async_rl.errors import UserError
-from async_rl.listening import LOOPBACK
 
 POSITIVE = (
     "steps",
@@ -133,12 +132,11 @@ def _addresses(run: Run) -> None:
         run.environment.endpoint_host,
         "write the one address at which agents reach the generator's machine; it is part of the URL they get",
     )
-    demand(
-        run.controller.host in LOOPBACK,
-        "controller.host",
-        run.controller.host,
-        "only loopback for now: another address needs CURVE keys, which are not there yet",
-    )
+    demand(bool(run.controller.host), "controller.host", "", "write an address of the controller's machine")
+    everywhere = run.controller.host in WILDCARDS
+    demand(not everywhere, "controller.host", run.controller.host, "write the one address at which others reach it")
+    both = run.security.loopback and run.security.insecure
+    demand(not both, "security.insecure", True, "security.loopback = true asks for keys everywhere: write one of them")
 
 
 def _is_url(text: str, *schemes: str) -> bool:

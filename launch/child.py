@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from async_rl.config import Run
+from async_rl.run_secrets import ClientKeys, Role, RunSecrets
+
 PIPE_VARIABLE = "ASYNC_RL_PARENT_FD"
 PR_SET_PDEATHSIG = 1
 
@@ -43,6 +46,16 @@ class ServeOptions:
     """`generator-0`; stable across restarts."""
     connect: str = ""
     """Address of the stream this service joins; the controller has none."""
+    secrets_folder: Path | None = None
+    """Where the run's keys and token are, if not in the run directory."""
+
+    @property
+    def secrets(self) -> RunSecrets:
+        return RunSecrets(self.secrets_folder or self.run_dir / "secrets")
+
+    def keys(self, run: Run, role: Role) -> ClientKeys | None:
+        """None where the controller asks for none. Raises UserError."""
+        return self.secrets.client(role) if run.secured else None
 
 
 class Parent:

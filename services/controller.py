@@ -13,6 +13,7 @@ from async_rl.environments.api import find, make_tasks
 from async_rl.ledger.integrity import naming
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import DATA, LmdbStore
+from async_rl.listening import is_loopback
 from async_rl.telemetry.exporters import exporters
 from async_rl.telemetry.files import write_json
 from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory
@@ -23,21 +24,25 @@ from async_rl.wire.zeromq import ZmqServer
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
     directory = RunDirectory(options.run_dir)
     with directory.hold():
-        asyncio.run(_serve(run, directory, parent))
+        asyncio.run(_serve(run, directory, options, parent))
     return 0
 
 
-async def _serve(run: config.Run, directory: RunDirectory, parent: Parent) -> None:
+async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions, parent: Parent) -> None:
     environment = find(run.environment)
     tasks = make_tasks(environment, run.environment.options, run.seed)
     host, port = run.controller.host, run.controller.port
-    rollouts = ZmqServer(rollout_stream(), host, port)
-    training = ZmqServer(training_stream(), host, port + 1 if port else 0)
+    keys = options.secrets.make() if run.secured else None
+    rollouts = ZmqServer(rollout_stream(), host, port, role="generator", keys=keys)
+    training = ZmqServer(training_stream(), host, port + 1 if port else 0, role="learner", keys=keys)
     with naming(directory.ledger / DATA):
         ledger = await Ledger.open(LmdbStore(directory.ledger))
     journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
+    if run.security.insecure and not is_loopback(host):
+        journal.say(f"INSECURE, as the recipe says: who reaches {host} can steer this run and put anything into it")
     controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
-    runner, url = await admin.start(controller, host, run.controller.admin_port, name=directory.path.name)
+    where = host if is_loopback(host) else "127.0.0.1"
+    runner, url = await admin.start(controller, where, run.controller.admin_port, name=directory.path.name)
     try:
         write_json(directory.admin, {"url": url})
         loop = asyncio.get_running_loop()

@@ -32,6 +32,7 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
 
 
 async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shutdown:
+    keys = options.keys(run, "generator")
     run = settle(run)
     configure(run.rewards)
     environment = find(run.environment)
@@ -40,7 +41,7 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
     logs = RunDirectory(options.run_dir).logs
     engine = make_engine(run, model_config, logs, name=options.name, index=_index(options.name))
     receiver = make_receiver(run, options.name, wire_layout(run, model_config))
-    transport = ZmqClient(rollout_stream().mirror, options.connect)
+    transport = ZmqClient(rollout_stream().mirror, options.connect, keys)
     worker = RolloutWorker(
         name=options.name,
         transport=transport,

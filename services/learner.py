@@ -10,12 +10,14 @@ from async_rl import config
 from async_rl.learner.service import LearnerService
 from async_rl.learner.trainer import Learner
 from async_rl.models.precision import settle
+from async_rl.run_secrets import ClientKeys
 from async_rl.weights.publisher import make_publisher
 from async_rl.wire.codec import training_stream
 from async_rl.wire.zeromq import ZmqClient
 
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
+    keys = options.keys(run, "learner")
     run = settle(run)
     learner = Learner(run, options.run_dir)
     try:
@@ -23,14 +25,16 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
             parent.ready()
             learner.follow()
         else:
-            asyncio.run(_serve(run, learner, options, parent))
+            asyncio.run(_serve(run, learner, options, keys, parent))
     finally:
         learner.close()
     return 0
 
 
-async def _serve(run: config.Run, learner: Learner, options: ServeOptions, parent: Parent) -> None:
-    transport = ZmqClient(training_stream().mirror, options.connect)
+async def _serve(
+    run: config.Run, learner: Learner, options: ServeOptions, keys: ClientKeys | None, parent: Parent
+) -> None:
+    transport = ZmqClient(training_stream().mirror, options.connect, keys)
     loop = asyncio.get_running_loop()
 
     def forward(message: object) -> None:  # from the publisher's thread

@@ -6,6 +6,7 @@ evaluations.jsonl one object per evaluation      samples.jsonl  held-out tasks a
 summary.json      when the run is complete       failures.jsonl tracebacks of failed episodes
 plots/ report.html what a person reads           logs/          one file per process
 lock              who is at work here            admin.json     where the admin endpoint listens
+secrets/          keys and a token, where services need them (run_secrets.py)
 memory.json       bytes of each model of the learner, by kind and device, after its first step
 """
 

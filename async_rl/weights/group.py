@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
-from async_rl.listening import LOOPBACK, listen
+from async_rl.listening import is_loopback, listen
 from async_rl.weights.errors import BroadcastFailed, GroupIncomplete, GroupSuperseded
 
 HERE, SUPERSEDED = "here", "superseded"
@@ -219,7 +219,7 @@ def connect(store: Any, address: str, rank: int, size: int, device: torch.device
     options._threads = 2
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     # gloo itself would take what this machine's name resolves to: often loopback
-    where = {"interface": interface} if interface and address not in LOOPBACK else {"hostname": address}
+    where = {"interface": interface} if interface and not is_loopback(address) else {"hostname": address}
     options._devices = [ProcessGroupGloo.create_device(**where)]
     return ProcessGroupGloo(store, rank, size, options)
 

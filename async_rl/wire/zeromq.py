@@ -2,6 +2,10 @@
 
 High-water marks are a fuse, not flow control: credit bounds what is in flight far below them. A ROUTER drops what it
 cannot route; the peer asks again after its next Hello.
+
+With keys, both ends prove who they are and everything is encrypted (CURVE): gate.py is the controller's side of it,
+handshake.py says why a client is not let in. A routing id belongs to the connection that came with it first: nobody
+gets the answers to somebody else.
 """
 
 from __future__ import annotations
@@ -16,7 +20,11 @@ import zmq
 import zmq.asyncio
 
 from async_rl.errors import UserError
+from async_rl.listening import bracketed, numeric
+from async_rl.run_secrets import ClientKeys, Role, ServerKeys
 from async_rl.wire.codec import Codec
+from async_rl.wire.gate import Gate
+from async_rl.wire.handshake import Handshakes
 from async_rl.wire.transport import MAX_FRAME_BYTES, Client, Server
 
 S = TypeVar("S")
@@ -75,16 +83,31 @@ class _Sends:
 
 
 class ZmqServer(Server[S, R]):
-    def __init__(self, codec: Codec[S, R], host: str, port: int) -> None:
-        """Binds at once. Port 0 takes any free one. Raises UserError if the port is taken."""
+    def __init__(
+        self, codec: Codec[S, R], host: str, port: int, *, role: Role = "generator", keys: ServerKeys | None = None
+    ) -> None:
+        """Binds at once. Port 0 takes any free one.
+
+        Args:
+            role: of those who connect.
+            keys: only who holds the key of `role` may come in; None: everybody who reaches the port.
+
+        Raises:
+            UserError: the address is not ours, or the port is taken.
+        """
         super().__init__(codec)
+        address = numeric(host, field="controller.host", owner="controller")
         self._socket = _socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.IPV6, int(":" in address))
         self._sends = _Sends()
+        if keys is not None:
+            Gate(self._socket, role=role, secret=keys.secret, allowed=keys.allowed[role])
         try:
-            self._socket.bind(f"tcp://{host}:{port or '*'}")
+            self._socket.bind(f"tcp://{bracketed(address)}:{port or '*'}")
         except zmq.ZMQError as error:
-            self._socket.context.destroy(0)
+            self._socket.close(0)
+            self._socket.context.term()
             raise UserError(
                 f"controller.port = {port}: cannot listen on {host}:{port} ({error.strerror}); write a free port, or 0"
             ) from None
@@ -109,10 +132,22 @@ class ZmqServer(Server[S, R]):
 
 
 class ZmqClient(Client[S, R]):
-    def __init__(self, codec: Codec[S, R], address: str) -> None:
+    def __init__(self, codec: Codec[S, R], address: str, keys: ClientKeys | None = None) -> None:
+        """keys: where the controller asks for them. `receive` raises UserError when it does not let us in."""
         super().__init__(codec)
         self._socket = _socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, b"\1" + uuid.uuid4().bytes)  # a first byte of 0 is reserved by ZeroMQ
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.controller.encode())
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        self._receiving: asyncio.Future[bytes] | None = None
+        self._error: BaseException | None = None
+        """Why nothing will come any more."""
+        self._handshakes = Handshakes(self._socket, address, keys)
+        self._watching = asyncio.create_task(self._handshakes.watch(), name="handshakes")
+        self._watching.add_done_callback(self._watched)
         self._socket.connect(address)
         self._sends = _Sends()
 
@@ -120,8 +155,23 @@ class ZmqClient(Client[S, R]):
         self._sends.track(self._socket.send(data, copy=len(data) < COPY_BELOW_BYTES))
 
     async def _next(self) -> bytes:
-        return await self._socket.recv()
+        if self._error is not None:
+            raise self._error
+        self._receiving = asyncio.ensure_future(self._socket.recv())
+        return await self._receiving
+
+    def _watched(self, watching: asyncio.Task[None]) -> None:
+        if not watching.cancelled():
+            self._error = watching.exception()
+        if self._error is not None and self._receiving is not None and not self._receiving.done():
+            self._receiving.set_exception(self._error)
 
     async def close(self) -> None:
         await super().close()
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
+        self._socket.disable_monitor()
+        self._handshakes.close()
+        if self._error is not None:
+            self._socket.setsockopt(zmq.LINGER, 0)  # nobody will take what it holds
         await _close(self._socket)
