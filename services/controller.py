@@ -8,6 +8,7 @@ from async_rl.launch.child import Parent, ServeOptions
 
 from async_rl import config
 from async_rl.controller import admin
+from async_rl.controller.admin_access import Access
 from async_rl.controller.controller import Controller
 from async_rl.environments.api import find, make_tasks
 from async_rl.ledger.integrity import naming
@@ -41,10 +42,11 @@ async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions
     if run.security.insecure and not is_loopback(host):
         journal.say(f"INSECURE, as the recipe says: who reaches {host} can steer this run and put anything into it")
     controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
-    where = host if is_loopback(host) else "127.0.0.1"
-    runner, url = await admin.start(controller, where, run.controller.admin_port, name=directory.path.name)
+    token_file = options.secrets.token_file if run.secured else None
+    access = Access(host, options.secrets.token() if run.secured else "", token_file)
+    runner, url = await admin.start(controller, host, run.controller.admin_port, access, name=directory.path.name)
     try:
-        write_json(directory.admin, {"url": url})
+        write_json(directory.admin, {"url": url, "token_file": token_file and str(token_file)}, mode=0o600)
         loop = asyncio.get_running_loop()
         parent.on_stop(lambda: loop.call_soon_threadsafe(controller.stop))
         parent.ready({"rollouts": rollouts.address, "training": training.address, "admin": url})

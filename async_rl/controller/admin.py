@@ -1,4 +1,4 @@
-"""The admin endpoint: look at a run and steer it, over HTTP on loopback.
+"""The admin endpoint: look at a run and steer it, over HTTP. Who may is admin_access.py's.
 
 GET  /metrics                   the same as Prometheus reads it (docs/monitoring.md)
 GET  /status                    where the run is, who works and who waits
@@ -13,21 +13,25 @@ import asyncio
 
 from aiohttp import web
 
+from async_rl.controller.admin_access import Access
 from async_rl.controller.controller import Controller
-from async_rl.errors import UserError
+from async_rl.listening import bracketed, listen
 from async_rl.telemetry.exposition import CONTENT_TYPE, exposition
 
 CONTROLLER = web.AppKey("controller", Controller)
 NAME = web.AppKey("name", str)
 
 
-async def start(controller: Controller, host: str, port: int, *, name: str = "") -> tuple[web.AppRunner, str]:
+async def start(
+    controller: Controller, host: str, port: int, access: Access, *, name: str = ""
+) -> tuple[web.AppRunner, str]:
     """Serve until `runner.cleanup()`. Returns the runner and the URL. name: of the run.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the address is not ours, or the port is taken.
     """
-    app = web.Application()
+    listener = listen(host, port, field="controller.host", owner="controller", port_field="controller.admin_port")
+    app = web.Application(middlewares=[access.check])
     app[CONTROLLER], app[NAME] = controller, name
     app.add_routes(
         [
@@ -41,15 +45,9 @@ async def start(controller: Controller, host: str, port: int, *, name: str = "")
     )
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise UserError(
-            f"controller.admin_port = {port}: cannot listen on {host} ({error.strerror}); write a free port, or 0"
-        ) from None
-    address = runner.addresses[0]
-    return runner, f"http://{address[0]}:{address[1]}"
+    await web.SockSite(runner, listener).start()
+    address, port, *_ = runner.addresses[0]
+    return runner, f"http://{bracketed(address)}:{port}"
 
 
 async def _status(request: web.Request) -> web.Response:

@@ -31,15 +31,15 @@ def append_lines(path: Path, rows: Sequence[Row]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_json(path: Path, value: object) -> None:
-    write_atomically(path, json.dumps(value) + "\n")
+def write_json(path: Path, value: object, mode: int = 0o666) -> None:
+    write_atomically(path, json.dumps(value) + "\n", mode)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, never half of it."""
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """The old content or the new, never half of it. mode: of the new file, before the umask."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with room(path):
-        with partial.open("w") as file:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -81,7 +81,8 @@ class Relay:
     async def _authorised(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
-            raise web.HTTPUnauthorized(text="send the bearer token of the weights announcement\n")
+            body = {"error": "send the bearer token of the weights announcement, which comes over the rollout stream"}
+            return web.json_response(body, status=401, headers={"WWW-Authenticate": "Bearer"})
         return await handler(request)
 
     async def _index(self, request: web.Request) -> web.Response:

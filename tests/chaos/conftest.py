@@ -14,7 +14,6 @@ import queue
 import random
 import threading
 import time
-import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ..system.conftest import Cli, check, cli, rows, train  # noqa: F401 - fixtures among them
+from ..system.conftest import Cli, admin, check, cli, rows, train  # noqa: F401 - fixtures among them
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 LOOK_S = 0.02
@@ -84,9 +83,7 @@ class Run:
 
     def call(self, path: str, method: str = "GET") -> dict[str, Any]:
         """The admin endpoint."""
-        url = json.loads((self.path / "admin.json").read_text())["url"]
-        with urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=20) as answer:
-            return json.load(answer)
+        return admin(self.path, path, method)
 
     def version_at(self, generator: str) -> int:
         """Of the weights that a generator samples with; -1 while it is not there."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,22 @@ def train(cli: Any, tmp_path: Path) -> Any:
         return cli("train", str(SORT), "--run-dir", str(run_dir or tmp_path / "run"), *sets)
 
     return start
+
+
+def asked(run_dir: Path, path: str, method: str = "GET") -> Any:
+    """What the admin endpoint answers its owner, who sends the token where there is one."""
+    found = json.loads((run_dir / "admin.json").read_text())
+    headers = (
+        {"Authorization": f"Bearer {Path(found['token_file']).read_text().strip()}"} if found["token_file"] else {}
+    )
+    return urllib.request.urlopen(
+        urllib.request.Request(found["url"] + path, method=method, headers=headers), timeout=20
+    )
+
+
+def admin(run_dir: Path, path: str, method: str = "GET") -> dict[str, Any]:
+    with asked(run_dir, path, method) as answer:
+        return json.load(answer)
 
 
 def check(run_dir: Path) -> dict[str, int]:

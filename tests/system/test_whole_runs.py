@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .conftest import check, rows, summary
+from .conftest import admin, asked, check, rows, summary
 
 pytestmark = pytest.mark.processes
 
@@ -114,29 +115,36 @@ def test_weights_travel_over_http_and_say_what_changed(train: Any, tmp_path: Pat
 
 
 def test_the_admin_endpoint_steers_a_run(train: Any, tmp_path: Path) -> None:
-    started = train("steps=100000")
+    """With keys and a token, as on several machines."""
+    run = tmp_path / "run"
+    started = train("steps=100000", "security.loopback=true")
     started.line("step")
-    url = json.loads((tmp_path / "run" / "admin.json").read_text())["url"]
+    file = run / "admin.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(json.loads(file.read_text())["url"] + "/status", timeout=20)
+    with refused.value as answer:
+        assert answer.status == 401 and str(run / "secrets" / "token") in json.load(answer)["error"]
 
-    def call(path: str, method: str) -> dict[str, Any]:
-        with urllib.request.urlopen(urllib.request.Request(url + path, method=method), timeout=20) as answer:
-            return json.load(answer)
-
-    status = call("/status", "GET")
+    status = admin(run, "/status")
     assert status["step"] >= 1 and status["learner"] and status["generators"][0]["name"] == "generator-0"
-    with urllib.request.urlopen(url + "/metrics", timeout=20) as answer:
+    with asked(run, "/metrics") as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
     assert lines["async_rl_rollouts_unaccounted"] == "0.0" and float(lines["async_rl_steps_total"]) >= status["step"]
     assert 'async_rl_engine_running{generator="generator-0"}' in lines
     assert float(lines['async_rl_weight_stall_seconds_count{transport="shared_memory"}']) >= 1
-    assert call("/pause", "POST") == {"paused": True} and call("/status", "GET")["paused"]
-    assert "exact" in call("/evaluate", "POST"), "evaluation runs while admission is closed"
-    assert call("/resume", "POST") == {"paused": False}
-    assert call("/stop", "POST") == {"stopping": True}
+    assert admin(run, "/pause", "POST") == {"paused": True} and admin(run, "/status")["paused"]
+    assert "exact" in admin(run, "/evaluate", "POST"), "evaluation runs while admission is closed"
+    assert admin(run, "/resume", "POST") == {"paused": False}
+    assert admin(run, "/stop", "POST") == {"stopping": True}
     code, _, errors = started.end(10)
     assert code == 130, errors
-    check(tmp_path / "run")
+    check(run)
+    secret = json.loads((run / "secrets" / "generator.key").read_text())["secret"]
+    kept = [path for path in run.rglob("*") if path.is_file() and path.parent.name != "secrets"]
+    token = (run / "secrets" / "token").read_text().strip()
+    assert not [path for path in kept for part in (secret, token) if part.encode() in path.read_bytes()]
 
 
 def test_a_users_environment_with_failing_episodes(train: Any, tmp_path: Path) -> None:
