@@ -25,6 +25,9 @@ from async_rl.run_secrets import ClientKeys, Role, RunSecrets
 
 PIPE_VARIABLE = "ASYNC_RL_PARENT_FD"
 PR_SET_PDEATHSIG = 1
+EXIT_AGAIN = 75
+"""Whoever started this service should start it again: the controller had given up on it or is a new one, or code of the
+environment blocks it."""
 
 
 def settle_heap() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from async_rl.launch.child import Parent, ServeOptions
+from async_rl.launch.child import EXIT_AGAIN, Parent, ServeOptions
 
 from async_rl import config
 from async_rl.engines.make import make_engine
@@ -21,10 +21,6 @@ from async_rl.weights.wire_layout import wire_layout
 from async_rl.wire.codec import rollout_stream
 from async_rl.wire.messages import Shutdown
 from async_rl.wire.zeromq import ZmqClient
-
-EXIT_AGAIN = 75
-"""The controller had given up on this process, or code of the environment blocks it: whoever started it should start
-it again."""
 
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:

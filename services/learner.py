@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from async_rl.launch.child import Parent, ServeOptions
+from async_rl.launch.child import EXIT_AGAIN, Parent, ServeOptions
 
 from async_rl import config
 from async_rl.learner.service import LearnerService
@@ -13,6 +13,7 @@ from async_rl.models.precision import settle
 from async_rl.run_secrets import ClientKeys
 from async_rl.weights.publisher import make_publisher
 from async_rl.wire.codec import training_stream
+from async_rl.wire.messages import Shutdown
 from async_rl.wire.zeromq import ZmqClient
 
 
@@ -24,16 +25,15 @@ def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
         if learner.ranks.rank > 0:
             parent.ready()
             learner.follow()
-        else:
-            asyncio.run(_serve(run, learner, options, keys, parent))
+            return 0
+        return EXIT_AGAIN if asyncio.run(_serve(run, learner, options, keys, parent)).restart else 0
     finally:
         learner.close()
-    return 0
 
 
 async def _serve(
     run: config.Run, learner: Learner, options: ServeOptions, keys: ClientKeys | None, parent: Parent
-) -> None:
+) -> Shutdown:
     transport = ZmqClient(training_stream().mirror, options.connect, keys)
     loop = asyncio.get_running_loop()
 
@@ -45,7 +45,7 @@ async def _serve(
     )
     parent.ready()
     try:
-        await LearnerService(run, learner, publisher, transport).run()
+        return await LearnerService(run, learner, publisher, transport).run()
     finally:
         publisher.close()
         await transport.close()

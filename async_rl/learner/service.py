@@ -85,7 +85,8 @@ class LearnerService:
         """The newest checkpoint, by its version; done when it is durable."""
         self._tokens = 0
 
-    async def run(self) -> None:
+    async def run(self) -> Shutdown:
+        """Returns why it ended; `restart` is set where only a new process can go on."""
         learner = self._learner
         hello = Hello(
             "learner",
@@ -109,6 +110,7 @@ class LearnerService:
             serving.cancel()
             beating.cancel()
         self._thread.shutdown()
+        return self._shutdown.result()
 
     async def _train_until_shutdown(self) -> None:
         self._request(self._learner.version)

@@ -2,7 +2,8 @@
 
 Both ends gather what is sent within one turn of the event loop into frames of at most 16 messages. `send` never
 blocks and never fails: flow control is credit, and what a dead peer does not get it asks for again after its Hello.
-Frames that do not decode, or carry another run epoch, are refused here and counted.
+Frames that do not decode, or carry another run epoch, are refused here and counted. A peer of an older epoch is told to
+start again: what it holds was leased by a controller that is gone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from async_rl.errors import ProtocolError
 from async_rl.wire.codec import Codec
-from async_rl.wire.messages import Hello, HelloAck
+from async_rl.wire.messages import Hello, HelloAck, Shutdown
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -23,6 +24,8 @@ R = TypeVar("R")
 MESSAGES_PER_FRAME = 16
 MAX_FRAME_BYTES = 256 << 20
 """A longer frame is refused before it is buffered."""
+
+START_AGAIN = Shutdown("the controller has started again", restart=True)
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,8 @@ class Server(ABC, Generic[S, R]):
             if frame.epoch != self.epoch and not (frame.messages and isinstance(frame.messages[0], Hello)):
                 self.refused += 1
                 log.info("refused a frame of epoch %d from peer %s, this is epoch %d", frame.epoch, peer, self.epoch)
+                if 0 < frame.epoch < self.epoch:  # 0: it was not welcomed yet
+                    self._deliver(peer, self.codec.encode(frame.epoch, [cast(S, START_AGAIN)]))
                 continue
             return peer, frame.messages
 

@@ -163,3 +163,23 @@ def test_steps_and_weights_go_on_while_a_checkpoint_is_written(
         assert CheckpointSaved(3, str(tmp_path / CHECKPOINTS / "v00000003")) in told
 
     real(main())
+
+
+def test_a_new_controller_has_it_start_again(ranks: Ranks, tmp_path: Path, real: Real) -> None:
+    """What it says to the new one is of the old one's epoch: it leaves, and says that it wants to come back."""
+
+    async def main() -> None:
+        server = MemoryServer(training_stream())
+        server.epoch = 1
+        learner = Learner(tiny_run(steps=2), tmp_path, ranks)
+        service = asyncio.create_task(LearnerService(tiny_run(steps=2), learner, NoWeights(), server.connect()).run())
+        peer, _ = await server.receive()
+        server.send(peer, HelloAck("learner", heartbeat_s=0.01))
+        assert (await server.receive())[1] == [BatchRequest(0)]
+        server.epoch = 2
+        hearing = asyncio.create_task(server.receive())
+        assert (await service).restart
+        assert not hearing.done()
+        hearing.cancel()
+
+    real(main())

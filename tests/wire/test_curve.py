@@ -19,6 +19,7 @@ from async_rl.run_secrets import ClientKeys, Role, RunSecrets, ServerKeys
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.handshake import mechanism
 from async_rl.wire.messages import Credit, Heartbeat, Hello, HelloAck
+from async_rl.wire.transport import START_AGAIN
 from async_rl.wire.zeromq import ZmqClient, ZmqServer
 
 Run = Callable[[Any], Any]
@@ -89,6 +90,11 @@ def test_the_key_of_the_role_comes_in_again_after_a_restart(real: Run, secrets: 
             first = await welcomed(server, client)
             await server.close()
             server = listen(RunSecrets(secrets.directory).make(), port=port)
+            server.epoch = 2
+            client.send(Heartbeat())
+            hearing = asyncio.ensure_future(server.receive())
+            assert await client.receive() == [START_AGAIN]
+            hearing.cancel()
             client.send(HELLO)
             assert await welcomed(server, client) == first
             client.send(Credit(3))

@@ -13,6 +13,7 @@ from async_rl.errors import UserError
 from async_rl.wire.codec import rollout_stream
 from async_rl.wire.memory import MemoryServer
 from async_rl.wire.messages import Credit, Heartbeat, Hello, HelloAck, Shutdown
+from async_rl.wire.transport import START_AGAIN
 from async_rl.wire.zeromq import ZmqClient, ZmqServer
 
 Run = Callable[[Any], Any]
@@ -64,6 +65,35 @@ def test_frames_of_an_older_epoch_are_refused_by_the_client(kind: str, real: Run
         server.epoch = 2
         server.send(peer, Heartbeat())
         assert await client.receive() == [Heartbeat()]
+        await client.close()
+        await server.close()
+
+    real(main())
+
+
+@pytest.mark.parametrize("kind", ["memory", "zmq"])
+def test_who_is_of_an_older_epoch_is_told_to_start_again(kind: str, real: Run) -> None:
+    async def main() -> None:
+        server, client = make_pair(kind)
+        server.epoch = 1
+        client.send(Hello("generator", "generator-0", 1))
+        peer, _ = await server.receive()
+        server.send(peer, HelloAck("w"))
+        await client.receive()
+        server.epoch = 2
+        client.send(Heartbeat())
+        hearing = asyncio.ensure_future(server.receive())
+        assert await client.receive() == [START_AGAIN] and START_AGAIN.restart
+        client.send(Hello("generator", "generator-0", 2))
+        assert (await hearing)[1] == [Hello("generator", "generator-0", 2)] and server.refused == 1
+        server.epoch = 0
+        client.send(Heartbeat())  # of a newer epoch: this controller is the one that is gone
+        await asyncio.sleep(0)  # a frame of its own
+        client.send(Hello("generator", "generator-0", 3))
+        assert (await server.receive())[1] == [Hello("generator", "generator-0", 3)] and server.refused == 2
+        server.epoch = 1
+        server.send(peer, Heartbeat())
+        assert await client.receive() == [Heartbeat()], "and nothing before it"
         await client.close()
         await server.close()
 
