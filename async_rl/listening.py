@@ -61,14 +61,12 @@ def listen(host: str, port: int = 0, *, field: str, owner: str, port_field: str 
     Raises:
         UserError: this machine has no such address, or may not listen at the port.
     """
+    address = numeric(host, field=field, owner=owner)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        return socket.create_server(address, family=family)
-    except (OSError, ValueError) as error:  # ValueError: what cannot be a name
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", str(error))
-        if port_field and number in OF_THE_PORT:
+        return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+    except OSError as error:
+        reason = error.strerror if error.errno is None else os.strerror(error.errno)
+        if port_field and error.errno in OF_THE_PORT:
             raise UserError(
                 f"{port_field} = {port}: cannot listen on {host} ({reason}); write a free port, or 0 for any"
             ) from None

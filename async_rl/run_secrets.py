@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -76,19 +75,24 @@ class RunSecrets:
     def _make(self) -> None:
         if not zmq.has("curve"):
             raise UserError("this build of pyzmq has no CURVE: pip install --force-reinstall pyzmq, which brings it")
-        draft = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}-", dir=self.directory.parent))  # 0700
         try:
-            for name, content in _new().items():
-                _write(draft / name, content)
-            draft.rename(self.directory)
-        except OSError:
+            with tempfile.TemporaryDirectory(prefix=f".{self.directory.name}-", dir=self.directory.parent) as draft:
+                whole = Path(draft) / "whole"
+                whole.mkdir(0o700)
+                for name, content in _new().items():
+                    _write(whole / name, content)
+                whole.rename(self.directory)
+        except OSError as error:
             if not self.directory.exists():
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+                raise UserError(f"{self.directory}: cannot be made ({error.strerror})") from None
 
     def server(self) -> ServerKeys:
-        return _decode(self.directory / CONTROLLER, ServerKeys)
+        keys = _decode(path := self.directory / CONTROLLER, ServerKeys)
+        if missing := set(ROLES) - set(keys.allowed):
+            raise UserError(
+                f"{path}: it has no key for {', '.join(sorted(missing))}: remove {self.directory} for new ones"
+            )
+        return keys
 
     def client(self, role: Role) -> ClientKeys:
         path = self.directory / f"{role}.key"

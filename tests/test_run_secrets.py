@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from async_rl import cli
 from async_rl.errors import UserError
 from async_rl.run_secrets import RunSecrets
 
@@ -67,6 +68,28 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path) -> None:
     ):
         key.write_bytes(damaged)
         assert says().startswith(f"{key}: this is no key of a run (")
+    keys = secrets.directory / "controller.key"
+    keys.write_bytes(keys.read_bytes().replace(b'"learner"', b'"lerner"'))
+    with pytest.raises(UserError, match=f"{keys}: this is no key of a run"):
+        secrets.server()
+    with pytest.raises(UserError, match="nowhere/secrets: cannot be made \\(No such file"):
+        RunSecrets(tmp_path / "nowhere" / "secrets").make()
     secrets.token_file.write_text("short")
     with pytest.raises(UserError, match="token: this is no token"):
         secrets.token()
+
+
+@pytest.mark.parametrize("role", ["generator", "learner"])
+def test_a_service_without_its_key_says_so_before_it_loads_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    recipe = tmp_path / "far.toml"
+    recipe.write_text(
+        "steps = 1\nmodel.tiny.characters = '0123456789'\nenvironment.name = 'sorting'\ncontroller.host = '192.0.2.7'\n"
+    )
+    arguments = ["--config", str(recipe), "--run-dir", str(tmp_path / "run"), "--connect", "tcp://192.0.2.7:5555"]
+    for more, folder in ([], tmp_path / "run" / "secrets"), (["--secrets", str(tmp_path)], tmp_path):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["serve", role, *arguments, *more])
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith(f"async-rl: {folder}/{role}.key: no such file; the controller makes")

@@ -55,6 +55,13 @@ def _socket(kind: int) -> zmq.asyncio.Socket:
     return socket
 
 
+def use_keys(socket: zmq.asyncio.Socket, keys: ClientKeys) -> None:
+    """Of a client, before it connects."""
+    socket.setsockopt(zmq.CURVE_SERVERKEY, keys.controller.encode())
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+
+
 async def _close(socket: zmq.asyncio.Socket) -> None:
     """Returns when the peer's transport has the last frame, or after LINGER_MS."""
     context = socket.context
@@ -139,9 +146,7 @@ class ZmqClient(Client[S, R]):
         self._socket.setsockopt(zmq.ROUTING_ID, b"\1" + uuid.uuid4().bytes)  # a first byte of 0 is reserved by ZeroMQ
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         if keys is not None:
-            self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.controller.encode())
-            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            use_keys(self._socket, keys)
         self._receiving: asyncio.Future[bytes] | None = None
         self._error: BaseException | None = None
         """Why nothing will come any more."""
