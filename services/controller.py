@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 from async_rl.launch.child import Parent, ServeOptions
 
@@ -34,28 +35,27 @@ async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions
     tasks = make_tasks(environment, run.environment.options, run.seed)
     host, port = run.controller.host, run.controller.port
     keys = options.secrets.make() if run.secured else None
-    rollouts = ZmqServer(rollout_stream(), host, port, role="generator", keys=keys)
-    training = ZmqServer(training_stream(), host, port + 1 if port else 0, role="learner", keys=keys)
-    with naming(directory.ledger / DATA):
-        ledger = await Ledger.open(LmdbStore(directory.ledger))
-    journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
-    if run.security.insecure and not is_loopback(host):
-        journal.say(f"INSECURE, as the recipe says: who reaches {host} can steer this run and put anything into it")
-    controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
-    token_file = options.secrets.token_file if run.secured else None
-    access = Access(host, options.secrets.token() if run.secured else "", token_file)
-    runner, url = await admin.start(controller, host, run.controller.admin_port, access, name=directory.path.name)
-    try:
+    async with AsyncExitStack() as opened:  # whatever fails: a socket that is left open keeps the process alive
+        rollouts = ZmqServer(rollout_stream(), host, port, role="generator", keys=keys)
+        opened.push_async_callback(rollouts.close)
+        training = ZmqServer(training_stream(), host, port + 1 if port else 0, role="learner", keys=keys)
+        opened.push_async_callback(training.close)
+        with naming(directory.ledger / DATA):
+            ledger = await Ledger.open(LmdbStore(directory.ledger))
+        opened.push_async_callback(ledger.close)
+        journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
+        opened.callback(journal.close)
+        if run.security.insecure and not is_loopback(host):
+            journal.say(f"INSECURE, as the recipe says: who reaches {host} can steer this run and put anything into it")
+        controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
+        token_file = options.secrets.token_file if run.secured else None
+        access = Access(host, options.secrets.token() if run.secured else "", token_file)
+        runner, url = await admin.start(controller, host, run.controller.admin_port, access, name=directory.path.name)
+        opened.callback(directory.admin.unlink, missing_ok=True)
+        opened.push_async_callback(runner.cleanup)
         write_json(directory.admin, {"url": url, "token_file": token_file and str(token_file)}, mode=0o600)
         loop = asyncio.get_running_loop()
         parent.on_stop(lambda: loop.call_soon_threadsafe(controller.stop))
         parent.ready({"rollouts": rollouts.address, "training": training.address, "admin": url})
         complete = await controller.run()
         parent.tell("end", {"complete": complete, "step": controller.version})
-    finally:
-        await runner.cleanup()
-        directory.admin.unlink(missing_ok=True)
-        journal.close()
-        await ledger.close()
-        await rollouts.close()
-        await training.close()

@@ -38,22 +38,22 @@ async def _serve(run: config.Run, options: ServeOptions, parent: Parent) -> Shut
     engine = make_engine(run, model_config, logs, name=options.name, index=_index(options.name))
     receiver = make_receiver(run, options.name, wire_layout(run, model_config))
     transport = ZmqClient(rollout_stream().mirror, options.connect, keys)
-    worker = RolloutWorker(
-        name=options.name,
-        transport=transport,
-        engine=engine,
-        environment=environment,
-        text=TokenizerText(load_tokenizer(run.model), load_stop_tokens(run.model)),
-        receiver=receiver,
-        credit=run.credit_rollouts,
-        timeout_s=run.environment.timeout_s,
-        run_host=on_thread,
-        colocated=run.colocated,
-        dtype=run.generator.dtype,
-        endpoint_host=run.environment.endpoint_host,
-    )
-    parent.ready()
     try:
+        worker = RolloutWorker(
+            name=options.name,
+            transport=transport,
+            engine=engine,
+            environment=environment,
+            text=TokenizerText(load_tokenizer(run.model), load_stop_tokens(run.model)),
+            receiver=receiver,
+            credit=run.credit_rollouts,
+            timeout_s=run.environment.timeout_s,
+            run_host=on_thread,
+            colocated=run.colocated,
+            dtype=run.generator.dtype,
+            endpoint_host=run.environment.endpoint_host,
+        )
+        parent.ready()
         return await worker.run()
     finally:
         receiver.close()

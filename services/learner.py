@@ -40,12 +40,14 @@ async def _serve(
     def forward(message: object) -> None:  # from the publisher's thread
         loop.call_soon_threadsafe(transport.send, message)
 
-    publisher = make_publisher(
-        run, options.run_dir, learner.layout, forward, forward, pinned=learner.ranks.device.type == "cuda"
-    )
-    parent.ready()
     try:
-        return await LearnerService(run, learner, publisher, transport).run()
+        publisher = make_publisher(
+            run, options.run_dir, learner.layout, forward, forward, pinned=learner.ranks.device.type == "cuda"
+        )
+        try:
+            parent.ready()
+            return await LearnerService(run, learner, publisher, transport).run()
+        finally:
+            publisher.close()
     finally:
-        publisher.close()
         await transport.close()
