@@ -29,7 +29,7 @@ from async_rl.wire.messages import Task
 class CodeProblems(Problems):
     """
     Args:
-        data, heldout, heldout_data, template, system, prompt_field: of Problems.
+        data, heldout, heldout_data, template, system, prompt_field, decontaminate: of Problems.
         tests_field: what a row calls its tests.
         max_tests: only the first so many; 0 = all.
         score: "all" tests have to pass, or the "fraction" that does is the accuracy.
@@ -47,6 +47,7 @@ class CodeProblems(Problems):
         template: str = PROMPT,
         system: str = "",
         prompt_field: str = "prompt",
+        decontaminate: bool = False,
         tests_field: str = "tests",
         max_tests: int = 0,
         score: Literal["all", "fraction"] = "all",
@@ -81,6 +82,7 @@ class CodeProblems(Problems):
             template=template,
             system=system,
             prompt_field=prompt_field,
+            decontaminate=decontaminate,
         )
 
     def _solve(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class _Solved(msgspec.Struct, frozen=True):
 class MathProblems(Problems):
     """
     Args:
-        data, heldout, heldout_data, template, system, prompt_field: of Problems.
+        data, heldout, heldout_data, template, system, prompt_field, decontaminate: of Problems.
         answer_field: what a row calls its right answer.
         answer_in: where that is in the field: "text" (all of it), "boxed" (of a solution), "last_number", ...
         extract: where the answer is in a reply (rewards.answers.EXTRACTORS).
@@ -55,6 +55,7 @@ class MathProblems(Problems):
         template: str = PROMPT,
         system: str = "",
         prompt_field: str = "prompt",
+        decontaminate: bool = False,
         answer_field: str = "answer",
         answer_in: str = "text",
         extract: str = "final",
@@ -90,6 +91,7 @@ class MathProblems(Problems):
             template=template,
             system=system,
             prompt_field=prompt_field,
+            decontaminate=decontaminate,
         )
 
     def _solve(self, row: Mapping[str, Any]) -> dict[str, Any]:

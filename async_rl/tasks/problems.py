@@ -8,6 +8,7 @@ template = "{prompt}\\nPut the answer in \\\\boxed{}."
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,12 @@ from typing import Any, cast
 import msgspec
 
 from async_rl.json_lines import Prompt, Row, Wrong, check_prompt, convert, read, short
+from async_rl.tasks.near_duplicates import HeldOut
 from async_rl.tasks.source import Rows
 
 PROMPT = "{prompt}"
+
+log = logging.getLogger(__name__)
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -34,6 +38,8 @@ class Problems:
         template: the user's message, with {prompt} where the row's prompt goes; only for prompts that are texts.
         system: a system prompt; none if empty.
         prompt_field: what a row calls its prompt.
+        decontaminate: leave out what nearly repeats a held-out problem (tasks.near_duplicates); a fifth of a
+            millisecond a row, at every start.
         solution: what the reward needs, from a row. Raises Wrong.
     """
 
@@ -48,6 +54,7 @@ class Problems:
         template: str = PROMPT,
         system: str = "",
         prompt_field: str = "prompt",
+        decontaminate: bool = False,
     ) -> None:
         if PROMPT not in template:
             raise ValueError(f"template = {template!r}: write {PROMPT} where the prompt goes")
@@ -60,18 +67,39 @@ class Problems:
             if row.value in rows:
                 raise ValueError(f"{row} is a problem of data = {data!r} too; leave it out of one of them")
         self._rows = Rows(rows, heldout=heldout, seed=seed)
-        self._heldout = [row.value for row in others]
+        self._heldout = [row.value for row in others] or self._rows.heldout()
+        if decontaminate:
+            self._rows = Rows(self._other_than_heldout(data), heldout=0, seed=seed)
 
     def train(self, index: int) -> Mapping[str, Any]:
-        return self._rows.train(index)
+        return self._rows.train(index)["task"]
+
+    @property
+    def num_problems(self) -> int:
+        return self._rows.num_problems
+
+    def problem(self, number: int, index: int) -> Mapping[str, Any]:
+        return self._rows.problem(number, index)["task"]
 
     def heldout(self) -> Sequence[Mapping[str, Any]]:
-        return self._heldout or self._rows.heldout()
+        return [row["task"] for row in self._heldout]
+
+    def _other_than_heldout(self, data: str) -> list[Mapping[str, Any]]:
+        rows = [self._rows.problem(number, 0) for number in range(self._rows.num_problems)]
+        against = HeldOut(row["asked"] for row in self._heldout)
+        kept = [row for row in rows if not against.near(row["asked"])]
+        if not kept:
+            raise ValueError(f"decontaminate = true: every problem of data = {data!r} nearly repeats a held-out one")
+        if len(kept) < len(rows):
+            left_out = len(rows) - len(kept)
+            log.warning("%d of %d problems nearly repeat a held-out one and are left out", left_out, len(rows))
+        return kept
 
     def _read(self, path: str) -> list[Row[dict[str, Any]]]:
         return read(Path(path), self._task)
 
     def _task(self, row: dict[str, Any]) -> dict[str, Any]:
+        """{"asked": the problem without what all of them have in common, "task": what an episode gets}"""
         if self._field not in row:
             raise Wrong(f"{self._field} is missing (fields: {', '.join(row)}); write it, or set prompt_field")
         asked = convert({"prompt": row[self._field]}, _Asked).prompt
@@ -85,4 +113,6 @@ class Problems:
         else:
             messages = cast("list[dict[str, str]]", msgspec.to_builtins(asked))
         system = [{"role": "system", "content": self._system}] if self._system else []
-        return {"messages": [*system, *messages], **self._solution(row)}
+        difficulty = {"difficulty": row["difficulty"]} if "difficulty" in row else {}
+        task = {"messages": [*system, *messages], **difficulty, **self._solution(row)}
+        return {"asked": asked if isinstance(asked, str) else "\n".join(one.content for one in asked), "task": task}
