@@ -9,7 +9,7 @@ SGLANG_STAMP := $(SGLANG)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test test-kernels test-chaos test-sglang demo demo-tiny demo-sglang bench clean
+.PHONY: help setup check test test-kernels test-chaos test-cluster test-sglang demo demo-tiny demo-sglang bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -48,6 +48,11 @@ test-kernels: $(VENV)/.kernels  ## the Triton kernels of the decode step, withou
 
 test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments
 	$(BIN)/python -m pytest -v -n 0 --durations 0 tests/chaos
+
+# Those of Slurm need root and Debian's slurm-wlm, slurmctld, slurmd and munge; CLUSTER=tests/cluster/test_nodes.py leaves them out.
+CLUSTER ?= tests/cluster
+test-cluster: $(STAMP)  ## runs on several nodes: process groups, and a real Slurm on this machine
+	$(BIN)/python -m pytest -v -n 0 --durations 0 $(CLUSTER)
 
 # An environment of its own: SGLang pins what it needs, and we talk to it over HTTP. 1.7 GB, a minute or two.
 $(SGLANG_STAMP): tests/sglang/requirements.txt constraints.txt

@@ -1,6 +1,7 @@
 """The command line: `async-rl COMMAND --help`. Commands that compute import torch only when they run.
 
-Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 the input is wrong (one line says what), 75 stopped by SIGUSR1: start it again, 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,21 +19,29 @@ from typing import Any, NoReturn, TypeAlias
 import msgspec
 
 from async_rl import recipes
+from async_rl.config import Run
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError, LedgerCorrupt, UserError
 from async_rl.tasks.curriculum import make_curriculum
 from async_rl.telemetry.exporters import check_exporters
-from async_rl.telemetry.run_directory import RunDirectory
+from async_rl.telemetry.run_directory import RunDirectory, Tell
 
-EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_STOPPED = 1, 2, 130
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_AGAIN, EXIT_STOPPED = 1, 2, 75, 130
 ROLES = ("controller", "generator", "learner")
 Command: TypeAlias = Callable[[argparse.Namespace], int]
+Launch: TypeAlias = Callable[[Run, RunDirectory, Tell], str]
+"""Runs the services to the end; returns "complete", "stopped", or "again" (launch.supervisor.Outcome)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    exit_with(lambda: options.command(options))
+
+
+def exit_with(work: Callable[[], int]) -> NoReturn:
+    """Do it and leave with its exit code; what is wrong is said in one line."""
     try:
-        code = options.command(options)
+        code = work()
     except UserError as error:
         print(f"async-rl: {error}", file=sys.stderr)
         code = EXIT_WRONG_INPUT
@@ -42,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `async-rl inspect ... | head`: whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except KeyboardInterrupt:  # before or after launch.local listens for it: nothing is running
+    except KeyboardInterrupt:  # before or after launch.supervisor listens for it: nothing is running
         code = EXIT_STOPPED
     sys.exit(code)
 
@@ -50,10 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(options: argparse.Namespace) -> int:
     """Train a recipe on this machine, from the start or from where the run directory stands."""
     recipe = Path(options.recipe)
-    run = recipes.load(recipe, options.set)
+    launch = importlib.import_module("async_rl.launch.local").train
+    run_dir = Path(options.run_dir or f"runs/{recipe.stem}")
+    return train_recipe(recipe, options.set, run_dir, launch, plain=options.plain, with_report=not options.no_report)
+
+
+def train_recipe(
+    recipe: Path, overrides: Sequence[str], run_dir: Path, launch: Launch, *, plain: bool, with_report: bool
+) -> int:
+    """What `train` does, wherever `launch` runs the services. Returns the exit code."""
+    run = recipes.load(recipe, overrides)
     make_curriculum(run, make_tasks(find(run.environment), run.environment.options, run.seed))
     check_exporters(run)
-    directory = RunDirectory(Path(options.run_dir or f"runs/{recipe.stem}"))
+    directory = RunDirectory(run_dir)
     continues = directory.config.exists()
     directory.create(run)
     if directory.is_complete(run):
@@ -61,11 +79,11 @@ def train(options: argparse.Namespace) -> int:
         return 0
     print(f"{'continuing' if continues else 'starting'} {recipe} in {directory.path}", flush=True)
     view = importlib.import_module("async_rl.telemetry.live_view").viewer
-    launch = importlib.import_module("async_rl.launch.local").train
-    with view(run, directory, name=recipe.stem, plain=options.plain) as watch:
-        if not launch(run, directory, watch):
-            return EXIT_STOPPED
-        if options.no_report:
+    with view(run, directory, name=recipe.stem, plain=plain) as watch:
+        outcome = launch(run, directory, watch)
+        if outcome != "complete":
+            return EXIT_AGAIN if outcome == "again" else EXIT_STOPPED
+        if not with_report:
             return 0
         watch("pulse", {"stage": "writing the report", "done": 0, "total": 0, "version": run.steps})
         try:
@@ -168,7 +186,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     path = Path(options.config)
     try:
-        run = RunDirectory(path.parent).load_config() if path.name == "config.json" else recipes.load(path)
+        run = _config_of_service(path, options)
         service = importlib.import_module(f"async_rl.services.{options.role}")
         name = options.name or f"{options.role}-0"
         code = service.main(
@@ -183,6 +201,16 @@ def serve(options: argparse.Namespace) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # everything is closed; gloo would abort a process that ends while a dropped group hangs in TCP
+
+
+def _config_of_service(path: Path, options: argparse.Namespace) -> Run:
+    """From a run directory, or, started by hand, from a recipe."""
+    if path.name == "config.json":
+        return RunDirectory(path.parent).load_config()
+    run = recipes.load(path, options.set)
+    if options.role == "controller":
+        RunDirectory(Path(options.run_dir)).create(run)
+    return run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("source", help="a .gguf file, or an archive that carries one")
     one.add_argument("directory", help="the model directory to write")
 
-    one = command("serve", serve)
+    one = command("serve", serve, overrides=True)
     one.add_argument("role", choices=ROLES)
     one.add_argument("--config", required=True, help="the recipe (TOML), or config.json of a run directory")
     one.add_argument("--run-dir", required=True)

@@ -216,7 +216,7 @@ def measure(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
 
 
 def in_process(arm: str, load: str, dtype: str, steps: int) -> dict[str, float]:
-    from async_rl.launch.local import MALLOC
+    from async_rl.launch.process import MALLOC
 
     python = str(PEERS) if arm == "trl" else sys.executable
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

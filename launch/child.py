@@ -1,8 +1,10 @@
 """What every service shares with whoever started it: its options, and the pipe to its parent.
 
-Up the pipe go JSON lines ({"kind": "ready", "data": ...}); down comes at most one line, `stop`. When the parent's end
-closes, for whatever reason, the child exits: a thread of its own waits for that, and PDEATHSIG is the backup. No
-orphan, ever. Without a parent (one service per process on a cluster) lines are printed and nothing is waited for.
+Up the pipe go JSON lines ({"kind": "ready", "data": ...}); down comes at most one line, `stop SECONDS`. When the
+parent's end closes, for whatever reason, the child exits: a thread of its own waits for that, and PDEATHSIG is the
+backup. No orphan, ever. Signals that a scheduler or a terminal sends to every process of a job are the parent's to
+obey, which ends its children in order. Without a parent (one service per process, started by hand) lines are printed,
+nothing is waited for, and signals ask the controller to stop in order, and end the others as always.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ PR_SET_PDEATHSIG = 1
 EXIT_AGAIN = 75
 """Whoever started this service should start it again: the controller had given up on it or is a new one, or code of the
 environment blocks it."""
+STOP_VARIABLE, STOP_BY_HAND_S = "ASYNC_RL_STOP_S", 20.0
+"""How long the controller may take for the last checkpoint when nobody is there to say it, and what says otherwise."""
+OBEYED_BY_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def settle_heap() -> None:
@@ -68,9 +74,12 @@ class Parent:
         descriptor = os.environ.pop(PIPE_VARIABLE, "")
         self._socket = socket.socket(fileno=int(descriptor)) if descriptor else None
         self._lock = threading.Lock()
-        self._stop: Callable[[], object] | None = None
-        self._stop_came = False
+        self._stop: Callable[[float], object] | None = None
+        self._stop_within_s: float | None = None
+        """What came with `stop`."""
         if self._socket is not None:
+            for number in OBEYED_BY_THE_PARENT:
+                signal.signal(number, _pass)  # a handler and not SIG_IGN, which processes of ours would inherit
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             threading.Thread(target=self._listen, name="parent", daemon=True).start()
 
@@ -78,7 +87,8 @@ class Parent:
         line = json.dumps({"kind": kind, "data": data})
         with self._lock:
             if self._socket is None:
-                print(line, flush=True)
+                if kind != "pulse":  # four a second, for a view that is redrawn
+                    print(line, flush=True)
                 return
             try:
                 self._socket.sendall(line.encode() + b"\n")
@@ -90,20 +100,30 @@ class Parent:
         settle_heap()
         self.tell("ready", data)
 
-    def on_stop(self, stop: Callable[[], object]) -> None:
-        """Called on another thread when the parent asks for an orderly end; at once if it already has."""
+    def on_stop(self, stop: Callable[[float], object]) -> None:
+        """Called on another thread, with the seconds it may take, when the parent asks for an orderly end; at once if
+        it already has. Without a parent: by Ctrl-C, SIGTERM and their like, in the main thread."""
+        if self._socket is None:
+            within_s = float(os.environ.get(STOP_VARIABLE, STOP_BY_HAND_S))
+            for number in OBEYED_BY_THE_PARENT:
+                signal.signal(number, lambda number, frame: stop(within_s))
+            return
         with self._lock:
-            self._stop = stop
-            came = self._stop_came
-        if came:
-            stop()
+            self._stop, within_s = stop, self._stop_within_s
+        if within_s is not None:
+            stop(within_s)
 
     def _listen(self) -> None:
         assert self._socket is not None
-        while self._socket.recv(64):
+        while line := self._socket.recv(64):
+            within_s = float(line.split()[1])
             with self._lock:
-                self._stop_came, stop = True, self._stop
+                self._stop_within_s, stop = within_s, self._stop
             if stop is not None:
-                stop()
+                stop(within_s)
         sys.stderr.flush()
         os._exit(1)
+
+
+def _pass(number: int, frame: types.FrameType | None) -> None:
+    """See OBEYED_BY_THE_PARENT."""

@@ -22,15 +22,18 @@ from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.zeromq import ZmqServer
 
+EXIT_STOPPED = 130
+"""The run is not complete: started again, it continues."""
+
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:
     directory = RunDirectory(options.run_dir)
     with directory.hold():
-        asyncio.run(_serve(run, directory, options, parent))
-    return 0
+        return 0 if asyncio.run(_serve(run, directory, options, parent)) else EXIT_STOPPED
 
 
-async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions, parent: Parent) -> None:
+async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions, parent: Parent) -> bool:
+    """Returns whether the run is complete."""
     environment = find(run.environment)
     tasks = make_tasks(environment, run.environment.options, run.seed)
     host, port = run.controller.host, run.controller.port
@@ -55,7 +58,8 @@ async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions
         opened.push_async_callback(runner.cleanup)
         write_json(directory.admin, {"url": url, "token_file": token_file and str(token_file)}, mode=0o600)
         loop = asyncio.get_running_loop()
-        parent.on_stop(lambda: loop.call_soon_threadsafe(controller.stop))
+        parent.on_stop(lambda within_s: loop.call_soon_threadsafe(controller.stop, within_s))
         parent.ready({"rollouts": rollouts.address, "training": training.address, "admin": url})
         complete = await controller.run()
         parent.tell("end", {"complete": complete, "step": controller.version})
+        return complete

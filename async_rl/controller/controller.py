@@ -159,6 +159,7 @@ class Controller:
         self._trained = asyncio.Event()
         self._checkpointed = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._stop_timeout_s = STOP_TIMEOUT_S
         self._turns = self._colocation() if run.colocated else None
         """Of generator and learner on one device; None: each has its own."""
         self._open = False
@@ -199,8 +200,9 @@ class Controller:
                 task.cancel()
         return complete
 
-    def stop(self) -> None:
+    def stop(self, within_s: float = STOP_TIMEOUT_S) -> None:
         """Stop so that the next start continues: a last checkpoint if there is time, nothing half-written."""
+        self._stop_timeout_s = within_s
         self._stopped.set()
 
     async def evaluate(self) -> EvalSummary:
@@ -354,7 +356,9 @@ class Controller:
             self._training.send(self._learner, Shutdown("the run ends", checkpoint=True))
             try:
                 await self._wait(
-                    self._checkpointed, FINISH_TIMEOUT_S if complete else STOP_TIMEOUT_S, lambda: "the last checkpoint"
+                    self._checkpointed,
+                    FINISH_TIMEOUT_S if complete else self._stop_timeout_s,
+                    lambda: "the last checkpoint",
                 )
             except TimeoutError:
                 if complete:

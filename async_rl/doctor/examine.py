@@ -18,6 +18,7 @@ from async_rl.doctor.diagnosis import Observations, diagnose
 from async_rl.doctor.servers import servers
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError
+from async_rl.layout import visible_gpus
 from async_rl.telemetry.exporters import check_exporters
 
 HEAVY = ("torch", "transformers")
@@ -77,8 +78,11 @@ def _fits(run: Run, run_directory: Path) -> Generator[Check]:
     data = {"footprint": msgspec.to_builtins(estimate), "taken": taken}
     cpu = machine.memory(taken["cpu"], machine.available_memory())
     yield msgspec.structs.replace(cpu, data=data)
+    gpus = visible_gpus()
+    yield machine.places(run, gpus)
     if "cuda" in taken:
-        yield machine.memory(taken["cuda"], torch.cuda.mem_get_info(learner.index or 0)[0], "cuda")
+        most = taken["cuda"] if len(gpus) == 1 else max(estimate.learner, estimate.generator)
+        yield machine.memory(most, torch.cuda.mem_get_info(learner.index or 0)[0], "cuda")
 
 
 def _environment(run: Run) -> Check:

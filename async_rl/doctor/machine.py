@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from async_rl.config import Controller, Run
 from async_rl.doctor.check import Check
 from async_rl.errors import UserError
+from async_rl.layout import GPUS, lay_out
 from async_rl.listening import listen
 from async_rl.units import size
 
@@ -91,6 +92,17 @@ def gpus() -> list[Check]:
         name = torch.cuda.get_device_name(index)
         checks.append(Check("gpu", "ok", f"cuda:{index} {name}, {size(free)} of {size(total)} free"))
     return checks
+
+
+def places(run: Run, names: Sequence[str]) -> Check:
+    """Which service has which GPU when all of them run on this machine. names: of the GPUs that are visible."""
+    try:
+        placed = lay_out(run, [names])
+    except UserError as error:
+        return Check("placement", "warn", f"on this machine alone it does not start: {error}")
+    on = [f"{one.name} on {one.environment[GPUS]}" for one in placed if GPUS in one.environment]
+    shared = "all on the one GPU" if names else "all on the CPU"
+    return Check("placement", "ok", ", ".join(on) or shared)
 
 
 def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> Check:

@@ -36,7 +36,7 @@ from async_rl.wire.messages import (
     WeightGroup,
     WeightsId,
 )
-from async_rl.wire.transport import Client
+from async_rl.wire.transport import NO_WELCOME, WELCOME_TIMEOUT_S, Client
 
 KEEP_ALIVE_S = 60.0
 """Other ranks hear from rank 0 at least so often while it waits for a batch."""
@@ -102,7 +102,11 @@ class LearnerService:
         async with asyncio.TaskGroup() as self._tasks:
             tasks = self._tasks
             serving = tasks.create_task(self._serve(), name="training stream")
-            welcome = await self._welcome
+            try:
+                async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                    welcome = await self._welcome
+            except TimeoutError:
+                raise ProtocolError(NO_WELCOME) from None
             learner.begin(welcome.lineage)
             beating = tasks.create_task(self._beat(welcome.heartbeat_s), name="heartbeat")
             await self._publish()

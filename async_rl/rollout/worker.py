@@ -46,7 +46,7 @@ from async_rl.wire.messages import (
     WeightsLive,
     Yield,
 )
-from async_rl.wire.transport import Client
+from async_rl.wire.transport import NO_WELCOME, WELCOME_TIMEOUT_S, Client
 
 RESEND_AFTER_S = 5.0
 """A result that was not acknowledged for so long is sent again."""
@@ -318,7 +318,11 @@ class RolloutWorker:
             log.warning("weight group %d was not formed: %s", group.epoch, error)
 
     async def _beat(self) -> None:
-        interval = await self._welcomed
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                interval = await self._welcomed
+        except TimeoutError:
+            raise ProtocolError(NO_WELCOME) from None
         while True:
             await asyncio.sleep(interval)
             self._send_heartbeat()

@@ -55,14 +55,15 @@ class RunDirectory:
         self.ledger, self.checkpoints, self.logs = self.path / "ledger", self.path / "checkpoints", self.path / "logs"
 
     def create(self, run: Run) -> None:
-        """A new run directory, or the same run continued; only more steps than before may be asked for.
+        """A new run directory, or the same run continued: perhaps for more steps, on other machines, with more or fewer
+        generators.
 
         Raises:
             UserError: it cannot be written, or holds another run.
         """
         if self.config.exists():
             old = self.load_config()
-            refuse_another(self.path, msgspec.structs.replace(old, steps=run.steps), run)
+            refuse_another(self.path, _elsewhere(old, run), run)
             if run.steps < old.steps:
                 raise UserError(
                     f"steps = {run.steps}: {self.path} was started for {old.steps} steps; write at least that"
@@ -137,6 +138,20 @@ class RunDirectory:
             handle.write(f"process {os.getpid()} (started by {os.getppid()}) on {os.uname().nodename}\n")
             handle.flush()
         return handle
+
+
+def _elsewhere(old: Run, new: Run) -> Run:
+    """The old one, as long and at the same machines as the new one."""
+    replace, controller, weights = msgspec.structs.replace, new.controller, new.weights
+    return replace(
+        old,
+        steps=new.steps,
+        generator=replace(old.generator, count=new.generator.count),
+        controller=replace(
+            old.controller, host=controller.host, port=controller.port, admin_port=controller.admin_port
+        ),
+        weights=replace(old.weights, host=weights.host, relay_port=weights.relay_port, relay_url=weights.relay_url),
+    )
 
 
 def refuse_another(path: Path, old: msgspec.Struct, new: msgspec.Struct) -> None:

@@ -26,6 +26,9 @@ MAX_FRAME_BYTES = 256 << 20
 """A longer frame is refused before it is buffered."""
 
 START_AGAIN = Shutdown("the controller has started again", restart=True)
+WELCOME_TIMEOUT_S = 300.0
+"""A controller answers a Hello within this time, or the service that said it ends."""
+NO_WELCOME = f"no controller answered for {WELCOME_TIMEOUT_S:.0f} s: start it, or write its address after --connect"
 
 log = logging.getLogger(__name__)
 
