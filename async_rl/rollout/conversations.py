@@ -14,7 +14,8 @@ template leaves out of earlier turns, make another text, which is encoded as a w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from async_rl.environments.api import Message, Tool
@@ -43,10 +44,37 @@ class Text(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A prompt that was answered, without what it has in common with the turn it goes on from."""
+
+    text: str
+    """Of the prompt, after the prompt before it: the template's version of that one's reply is in it."""
+    tokens: tuple[int, ...]
+    """Of the prompt, after the reply before it."""
+    said: tuple[int, ...]
+    before: _Turn | None
+    after: list[_Turn] = field(default_factory=list["_Turn"])
+
+    def all_tokens(self) -> tuple[int, ...]:
+        """From the first prompt to this reply."""
+        pieces: list[tuple[int, ...]] = []
+        turn: _Turn | None = self
+        while turn is not None:
+            pieces += (turn.said, turn.tokens)
+            turn = turn.before
+        return tuple(chain.from_iterable(reversed(pieces)))
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     tokens: tuple[int, ...]
-    text: str
+    text: str = ""
+    """The rendered conversation."""
+    goes_on_from: _Turn | None = None
+    own_text: str = ""
+    own_tokens: tuple[int, ...] = ()
+    """What it does not have in common with that turn."""
 
     @property
     def opens_thoughts(self) -> bool:
@@ -54,46 +82,51 @@ class Prompt:
         return self.text.rstrip().endswith(THINK)
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    prompt: Prompt
-    said: tuple[int, ...]
-
-
 class Conversations:
-    """Of one episode. `prompt`, then `said` once the policy answered it."""
+    """Of one episode. `prompt`, then `said` once the policy answered it.
+
+    The turns are a tree, so that a conversation of many turns is held once and not once per turn.
+    """
 
     def __init__(self, text: Text) -> None:
         self._text = text
-        self._turns: list[_Turn] = []
-        """From the shortest prompt to the longest; of equal ones the latest last."""
+        self._first: list[_Turn] = []
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
         rendered = self._text.render(messages, tools)
-        for turn in reversed(self._turns):
-            rest = self._after(turn, rendered)
+        for turn, end in self._begun(rendered):
+            rest = self._after(turn, rendered[end:])
             if rest is not None:
-                return Prompt(turn.prompt.tokens + turn.said + rest, rendered)
-        return Prompt(self._text.encode(rendered), rendered)
+                return Prompt(turn.all_tokens() + rest, rendered, turn, rendered[end:], rest)
+        tokens = self._text.encode(rendered)
+        return Prompt(tokens, rendered, None, rendered, tokens)
 
     def said(self, prompt: Prompt, tokens: Sequence[int]) -> None:
         """`tokens`: sampled, the one that ends the turn included."""
-        if tokens:
-            self._turns.append(_Turn(prompt, tuple(tokens)))
-            self._turns.sort(key=lambda turn: (len(turn.prompt.text), len(turn.prompt.tokens)))
+        if not tokens:
+            return
+        before = prompt.goes_on_from
+        siblings = self._first if before is None else before.after
+        siblings.append(_Turn(prompt.own_text, prompt.own_tokens, tuple(tokens), before))
 
-    def _meaning(self, turn: _Turn, said: str) -> tuple[str, str | None, list[Called]]:
-        """Templates write thoughts and calls of tools in their own way."""
-        read = read_reply(said, thinks=self._text.thinks, opened=turn.prompt.opens_thoughts, tools=True)
-        return read.content.strip(), read.reasoning, read.calls
+    def _begun(self, rendered: str) -> list[tuple[_Turn, int]]:
+        """The turns with whose prompts a conversation begins, and where those end in it: the longest first, of equal
+        ones the deepest and the latest."""
+        found: list[tuple[int, int, int, _Turn]] = []
+        waiting = [(turn, 0, 0) for turn in self._first]
+        while waiting:
+            turn, start, depth = waiting.pop()
+            if rendered.startswith(turn.text, start):
+                end = start + len(turn.text)
+                found.append((end, depth, -len(found), turn))
+                waiting += [(later, end, depth + 1) for later in turn.after]
+        found.sort(key=lambda one: one[:3], reverse=True)
+        return [(turn, end) for end, _, _, turn in found]
 
-    def _after(self, turn: _Turn, rendered: str) -> tuple[int, ...] | None:
-        """The tokens after the reply of `turn`; None if the conversation does not go on from there."""
-        if not rendered.startswith(turn.prompt.text):
-            return None
+    def _after(self, turn: _Turn, rest: str) -> tuple[int, ...] | None:
+        """The tokens after the reply of `turn`, whose prompt `rest` follows; None if it does not go on from there."""
         text, stops = self._text, {token: self._text.spell([token]) for token in self._text.stop_tokens}
-        rest, said = rendered[len(turn.prompt.text) :], text.decode(turn.said)
-        last = turn.said[-1]
+        said, last = text.decode(turn.said), turn.said[-1]
         ends = [stops[last]] if last in stops else list(stops.values())
         cut = min((at for end in ends if (at := rest.find(end)) >= 0), default=None)
         if cut is None:  # a template that writes nothing at the end of a turn
@@ -104,3 +137,9 @@ class Conversations:
             return None
         tail = text.encode(rest[cut:])  # with the stop before it, so that no text begins in the middle
         return tail[1:] if last in stops and tail[:1] == (last,) else tail
+
+    def _meaning(self, turn: _Turn, said: str) -> tuple[str, str | None, list[Called]]:
+        """Templates write thoughts and calls of tools in their own way."""
+        opened = turn.text.rstrip().endswith(THINK)
+        read = read_reply(said, thinks=self._text.thinks, opened=opened, tools=True)
+        return read.content.strip(), read.reasoning, read.calls

@@ -90,7 +90,7 @@ class RecordedPolicy:
         fit: bool = False,
     ) -> RecordedReply:
         tokens = self._desk.text.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        return await self._call(_Asked(Prompt(tokens, ""), max_new_tokens, tuple(stop), False, fit))
+        return await self._call(_Asked(Prompt(tokens), max_new_tokens, tuple(stop), False, fit))
 
     @asynccontextmanager
     async def endpoint(self, *, ignore: Sequence[str] = ()) -> AsyncGenerator[Endpoint]:
