@@ -25,6 +25,7 @@ TORCH_FREE = [
     "async_rl.engines.sglang.contract",
     "async_rl.doctor.examine",
     "async_rl.environments.code",
+    "async_rl.environments.gymnasium",
     "async_rl.environments.math",
     "async_rl.environments.reasoning_gym",
     "async_rl.environments.sorting",
