@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from async_rl.rollout.host import EpisodeHost
+
+MAX_THREADS = 512
+"""Of `asyncio.to_thread` in environments: an agent that waits there for its replies waits for most of its episode. They
+start when they are needed."""
 
 
 async def inline(host: EpisodeHost) -> None:
@@ -30,7 +35,7 @@ async def on_thread(host: EpisodeHost) -> None:
     def main() -> None:
         error: BaseException | None = None
         try:
-            asyncio.run(host.run())
+            asyncio.run(_with_threads(host))
         except BaseException as caught:  # raised again where the caller awaits
             error = caught
         with contextlib.suppress(RuntimeError):  # the caller gave up on a blocked host, and its loop is closed
@@ -38,3 +43,8 @@ async def on_thread(host: EpisodeHost) -> None:
 
     threading.Thread(target=main, name="environment", daemon=True).start()
     await ended
+
+
+async def _with_threads(host: EpisodeHost) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS, "environment"))
+    await host.run()

@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import pytest
-from rollout_cases import Episode, conversation, environment, fake, lease, one_turn
+from rollout_cases import Episode, conversation, environment, fake, lease, one_turn, weights
 
 from async_rl.engines.fake import FakeEngine
 from async_rl.environments.api import Policy
+from async_rl.rollout.host import EpisodeHost
 from async_rl.rollout.host_runner import inline, on_thread
 from async_rl.rollout.worker import HostRunner, RolloutWorker, WeightsReceiver
 from async_rl.simulate.cluster import InstantWeights, NumberText
@@ -274,6 +275,48 @@ def test_code_that_blocks_ends_the_generator_for_a_restart(real: Run, caplog: py
         for thread in threading.enumerate():
             if thread.name == "environment":
                 thread.join()
+
+
+def test_many_agents_that_block_may_wait_in_threads_at_once(real: Run) -> None:
+    met = threading.Barrier(60)
+
+    async def waits(task: Task, policy: Policy) -> float:
+        await policy.complete([1])
+        await asyncio.to_thread(met.wait, 20)
+        return 1.0
+
+    async def main() -> None:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        finished: list[Finished | Failed] = []
+
+        def report(messages: list[Finished | Failed]) -> None:
+            finished.extend(messages)
+            if sum(len(message.members) for message in finished if isinstance(message, Finished)) == 60:
+                loop.call_soon_threadsafe(ended.set_result, None)
+
+        engine = ThreadsafeFake(slots=60, median_tokens=3, sigma=0.0, seconds_per_step=0.0001)
+        host = EpisodeHost(
+            environment(waits),
+            NumberText(),
+            engine,
+            timeout_s=30,
+            started=lambda: loop.call_soon_threadsafe(started.set) and None,
+            report=report,
+            clock=loop.time,
+        )
+        engine.start(host.deliver_threadsafe)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(on_thread(host))
+            await started.wait()
+            await engine.load_weights(weights(0))
+            host.loop.call_soon_threadsafe(host.start, [lease(7, list(range(60)))])
+            await ended
+            host.loop.call_soon_threadsafe(host.close)
+        await engine.stop()
+
+    real(main())
 
 
 class ThreadsafeFake(FakeEngine):
