@@ -9,7 +9,7 @@ SGLANG_STAMP := $(SGLANG)/.ready
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup check test test-kernels test-chaos test-cluster test-sglang demo demo-tiny demo-sglang bench clean
+.PHONY: help setup check test test-kernels test-chaos test-cluster test-pages test-sglang demo demo-tiny demo-sglang bench clean
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -54,6 +54,9 @@ CLUSTER ?= tests/cluster
 test-cluster: $(STAMP)  ## runs on several nodes: process groups, and a real Slurm on this machine
 	$(BIN)/python -m pytest -v -n 0 --durations 0 $(CLUSTER)
 
+test-pages: $(STAMP)  ## dashboard and metrics with a real Chromium and Prometheus (Debian: apt-get install chromium prometheus)
+	$(BIN)/python -m pytest -v -n 0 --durations 5 tests/pages
+
 # An environment of its own: SGLang pins what it needs, and we talk to it over HTTP. 1.7 GB, a minute or two.
 $(SGLANG_STAMP): tests/sglang/requirements.txt constraints.txt
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
@@ -94,6 +97,9 @@ bench-stages: $(STAMP)  ## what the recipes of docs/stages.md learn, with a plot
 
 bench-weights: $(STAMP) $(SMOLLM2)  ## weights by every transport beside memcpy and raw gloo; what a step changes of them
 	$(BIN)/python bench/weights.py --changed
+
+bench-scrape: $(STAMP)  ## what a scrape of /metrics and an event of the dashboard cost the controller, with up to 1000 generators
+	$(BIN)/python -m bench.scrape
 
 bench-%: $(STAMP) $(SMOLLM2)  ## one benchmark: bench-overlap, bench-losses, bench-engine
 	$(BIN)/python bench/$(subst -,_,$*).py

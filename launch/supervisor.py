@@ -44,7 +44,7 @@ LOST = 256
 """Instead of an exit code: the machine of this service is gone."""
 
 Watch = Callable[[str, Any], None]
-"""(kind, data) of what the services tell: step, evaluation, say, summary"""
+"""(kind, data) of what the services tell: step, evaluation, say, summary; and dashboard, its URL"""
 Outcome = Literal["complete", "stopped", "again"]
 """Of a run. again: it was stopped because the machine is wanted back, so it should be started again."""
 T = TypeVar("T")
@@ -273,6 +273,8 @@ class Supervisor:
         match kind:
             case "ready":
                 service.ready.set_result(data)
+                if service.role == "controller":
+                    self._watch("dashboard", data["admin"])
             case "error":
                 service.error = data
             case "end":

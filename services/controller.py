@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 from async_rl.launch.child import Parent, ServeOptions
 
@@ -17,6 +18,7 @@ from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import DATA, LmdbStore
 from async_rl.listening import is_loopback
 from async_rl.telemetry.exporters import exporters
+from async_rl.telemetry.feed import Feed
 from async_rl.telemetry.files import write_json
 from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory
 from async_rl.wire.codec import rollout_stream, training_stream
@@ -46,14 +48,21 @@ async def _serve(run: config.Run, directory: RunDirectory, options: ServeOptions
         with naming(directory.ledger / DATA):
             ledger = await Ledger.open(LmdbStore(directory.ledger))
         opened.push_async_callback(ledger.close)
-        journal = DirectoryJournal(directory, parent.tell, exporters(run, directory.path))
+        feed = Feed()
+
+        def tell(kind: str, data: Any) -> None:
+            feed.tell(kind, data)
+            parent.tell(kind, data)
+
+        journal = DirectoryJournal(directory, tell, exporters(run, directory.path))
         opened.callback(journal.close)
         if run.security.insecure and not is_loopback(host):
             journal.say(f"INSECURE, as the recipe says: who reaches {host} can steer this run and put anything into it")
         controller = Controller(run, ledger=ledger, tasks=tasks, rollouts=rollouts, training=training, journal=journal)
         token_file = options.secrets.token_file if run.secured else None
         access = Access(host, options.secrets.token() if run.secured else "", token_file)
-        runner, url = await admin.start(controller, host, run.controller.admin_port, access, name=directory.path.name)
+        port, name = run.controller.admin_port, directory.path.name
+        runner, url = await admin.start(controller, host, port, access, feed=feed, name=name)
         opened.callback(directory.admin.unlink, missing_ok=True)
         opened.push_async_callback(runner.cleanup)
         write_json(directory.admin, {"url": url, "token_file": token_file and str(token_file)}, mode=0o600)

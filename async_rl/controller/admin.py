@@ -1,5 +1,6 @@
 """The admin endpoint: look at a run and steer it, over HTTP. Who may is admin_access.py's.
 
+GET  /                          a live dashboard (controller.dashboard)
 GET  /metrics                   the same as Prometheus reads it (docs/monitoring.md)
 GET  /status                    where the run is, who works and who waits
 POST /pause   POST /resume      stop and reopen admission; what runs goes on
@@ -15,17 +16,23 @@ from aiohttp import web
 
 from async_rl.controller.admin_access import Access
 from async_rl.controller.controller import Controller
+from async_rl.controller.dashboard import Dashboard
 from async_rl.listening import bracketed, listen
 from async_rl.telemetry.exposition import CONTENT_TYPE, exposition
+from async_rl.telemetry.feed import Feed
 
 CONTROLLER = web.AppKey("controller", Controller)
 NAME = web.AppKey("name", str)
 
 
 async def start(
-    controller: Controller, host: str, port: int, access: Access, *, name: str = ""
+    controller: Controller, host: str, port: int, access: Access, *, feed: Feed | None = None, name: str = ""
 ) -> tuple[web.AppRunner, str]:
-    """Serve until `runner.cleanup()`. Returns the runner and the URL. name: of the run.
+    """Serve until `runner.cleanup()`. Returns the runner and the URL.
+
+    Args:
+        feed: hears what the controller's journal tells; without it there is no dashboard.
+        name: of the run.
 
     Raises:
         UserError: the address is not ours, or the port is taken.
@@ -43,6 +50,10 @@ async def start(
             web.post("/stop", _stop),
         ]
     )
+    if feed is not None:
+        dashboard = Dashboard(controller, feed, name)
+        app.add_routes(dashboard.routes())
+        app.on_shutdown.append(dashboard.close)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, listener).start()
@@ -71,6 +82,9 @@ async def _resume(request: web.Request) -> web.Response:
 
 
 async def _evaluate(request: web.Request) -> web.Response:
+    if not request.app[CONTROLLER].run_config.evaluation.tasks:
+        reason = "evaluation.tasks = 0: there is nothing to evaluate; write how many held-out tasks there are to be"
+        return web.json_response({"error": reason}, status=409)
     summary = await request.app[CONTROLLER].evaluate()
     return web.json_response({"version": summary.version, "reward": summary.reward, **summary.metrics})
 

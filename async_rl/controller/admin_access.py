@@ -26,7 +26,8 @@ from aiohttp import web
 from async_rl.listening import literal
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-CHALLENGE = 'Bearer, Basic realm="async_rl", charset="UTF-8"'
+CHALLENGES = ("Bearer", 'Basic realm="async_rl", charset="UTF-8"')
+"""A header each: of several in one, Chromium reads the first."""
 
 
 class Access:
@@ -52,7 +53,10 @@ class Access:
             return refused(403, f"Origin: {origin}: a page of another site may not do that")
         if self._token and not hmac.compare_digest(_given(request.headers.get("Authorization", "")), self._token):
             says = f"send Authorization: Bearer TOKEN, or TOKEN as a password; it is in {self._token_file}"
-            return refused(401, says, {"WWW-Authenticate": CHALLENGE})
+            answer = refused(401, says)
+            for challenge in CHALLENGES:
+                answer.headers.add("WWW-Authenticate", challenge)
+            return answer
         return await handler(request)
 
     def _ours(self, host: str) -> bool:
@@ -64,9 +68,9 @@ class Access:
         return name in self._names or literal(name) is not None
 
 
-def refused(status: int, reason: str, headers: dict[str, str] | None = None) -> web.Response:
+def refused(status: int, reason: str) -> web.Response:
     body: dict[str, Any] = {"error": reason}
-    return web.json_response(body, status=status, headers=headers)
+    return web.json_response(body, status=status)
 
 
 def _given(authorization: str) -> bytes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -39,7 +40,7 @@ from async_rl.tasks.curriculum import Curriculum, make_curriculum
 from async_rl.tasks.source import TaskSource, heldout_tasks, train_task
 from async_rl.telemetry.activity import Tracker
 from async_rl.telemetry.journal import EvalSummary, Journal, Row, summarise
-from async_rl.telemetry.reading import GeneratorReading, GroupReading, Reading
+from async_rl.telemetry.reading import GeneratorReading, GroupReading, Reading, Recent, telling
 from async_rl.telemetry.totals import Totals
 from async_rl.telemetry.usage import Usage
 from async_rl.wire.messages import (
@@ -83,6 +84,7 @@ SILENT_S = 3.0
 """Three heartbeats: weights do not wait for a generator that is silent for longer."""
 EVALUATION_TIMEOUT_S = 1800.0
 PULSE_INTERVAL_S = 0.25
+RECENT_ROLLOUTS = 12
 TURN_S = 0.001
 """A stream with frames at hand is read for so long; then the others have their turn."""
 
@@ -147,6 +149,8 @@ class Controller:
         )
         self._lane = FastLane(self._generators, self._composer, rollouts.send)
         self._alarms = Alarms(run, journal.say)
+        self.recent: deque[Recent] = deque(maxlen=RECENT_ROLLOUTS)
+        """Rollouts of the last steps, to be looked at."""
         self._attempts: dict[tuple[int, int], int] = {}
         """How many generators died with a rollout."""
         ledger.on_end = self._rollouts_ended
@@ -204,6 +208,11 @@ class Controller:
         """Stop so that the next start continues: a last checkpoint if there is time, nothing half-written."""
         self._stop_timeout_s = within_s
         self._stopped.set()
+
+    @property
+    def stopping(self) -> bool:
+        """It was asked to stop."""
+        return self._stopped.is_set()
 
     async def evaluate(self) -> EvalSummary:
         """Evaluate the weights of now, while everything else goes on."""
@@ -266,6 +275,11 @@ class Controller:
             row=self.journal.rows[-1] if self.journal.rows else {},
             evaluation=self.journal.evaluations[-1] if self.journal.evaluations else None,
         )
+
+    @property
+    def num_waiting(self) -> int:
+        """Groups with slots that no step has used."""
+        return self.ledger.num_waiting
 
     def oldest_groups(self, most: int) -> list[GroupReading]:
         """Of those with slots that no step has used, in order of admission."""
@@ -739,6 +753,7 @@ class Controller:
 
     def _row(self, done: StepDone) -> Row:
         batch = self._batches.pop(done.step)
+        self.recent.extend(Recent(done.step, one) for one in telling(batch.message.rollouts))
         assert self._usage.started is not None
         rows = self.journal.rows
         wall_s = self._wall_before + self._loop.time() - self._usage.started

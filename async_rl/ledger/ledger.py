@@ -302,6 +302,10 @@ class Ledger:
 
     # --- what is there ----------------------------------------------------------------------------------------
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def waiting(self) -> list[Group]:
         """Groups with slots that no step has used, in order of admission."""
         return list(self._waiting.values())

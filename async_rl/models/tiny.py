@@ -7,10 +7,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from async_rl.config import TinyModel
 from async_rl.errors import UserError
-
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-SPECIAL = (PAD, BOS, EOS)
-"""Ids 0, 1, 2; the characters follow in the order of `TinyModel.characters`."""
+from async_rl.models.vocabulary import BOS, EOS, PAD, SPECIAL, tiny_tokens
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """bos, then the contents of the messages with nothing in between: roles leave no trace."""
@@ -38,7 +35,7 @@ def tiny_tokenizer(tiny: TinyModel) -> PreTrainedTokenizerFast:
     """One token per character; decoding joins them without spaces. Text outside the vocabulary raises when encoded:
     `models.text.encode` says which character it was."""
     check_tiny(tiny)
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *tiny.characters))}
+    vocabulary = {token: index for index, token in enumerate(tiny_tokens(tiny))}
     backend = Tokenizer(
         models.WordLevel(vocabulary, unk_token="")
     )  # no unknown token: an unknown character is an error

@@ -137,8 +137,8 @@ class View:
         self._messages: list[Text] = []
         self._started = self._stepped = clock()
         self._ended: float | None = None
-        self._end = ""
-        """How it ended."""
+        self._end = self._url = ""
+        """How it ended; where the dashboard is while it goes on."""
         self._lock = threading.Lock()
 
     def watch(self, kind: str, data: Any) -> list[Text]:
@@ -158,6 +158,8 @@ class View:
                     self._pulse = data
                 case "summary":
                     self._end = "complete"
+                case "dashboard":
+                    self._url = data
                 case "say":
                     at = _duration(self._clock() - self._started)
                     self._messages.append(Text.assemble((f"{at}  ", "dim"), one_line(data)))
@@ -320,6 +322,8 @@ class View:
 
     def _bottom(self) -> list[Text]:
         hint = {"": "Ctrl-C stops, the same command continues", "stopped": "the same command continues"}.get(self._end)
+        if self._url and not self._end:
+            hint = f"{hint}   {self._url}"
         return [*([Text(hint, "dim")] if hint else []), *(message.copy() for message in self._messages)]
 
 

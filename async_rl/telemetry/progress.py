@@ -59,6 +59,8 @@ class Progress:
                 return summary_line(data)
             case "report":
                 return f"report: {data}"
+            case "dashboard":
+                return f"dashboard: {data}"
             case "pulse":
                 stage = stage_of(data, self._run)
                 if stage != self._stage:

@@ -11,6 +11,7 @@ from async_rl.ledger.records import RunRecord
 from async_rl.telemetry.journal import EvalSummary, Row
 from async_rl.telemetry.totals import Totals
 from async_rl.telemetry.usage import UsageReading
+from async_rl.wire.messages import TrainRollout
 
 Connection: TypeAlias = Literal["live", "silent", "no_weights"]
 """Samples; its heartbeats are late; has no weights yet."""
@@ -47,6 +48,13 @@ class GroupReading(NamedTuple):
     """Generators that work on it."""
     seconds: float | None
     """Since its oldest lease; None where it has none."""
+
+
+class Recent(NamedTuple):
+    """A rollout that was trained on."""
+
+    step: int
+    rollout: TrainRollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +99,13 @@ class Reading:
     row: Row = field(default_factory=dict[str, object])
     """Of the last step; empty before the first."""
     evaluation: EvalSummary | None = None
+
+
+def telling(rollouts: Sequence[TrainRollout]) -> list[TrainRollout]:
+    """The best and the worst of the group of a batch whose rewards lie furthest apart."""
+    by_group: dict[int, list[TrainRollout]] = {}
+    for one in rollouts:
+        by_group.setdefault(one.group_id, []).append(one)
+    pairs = [(max(g, key=lambda r: r.reward), min(g, key=lambda r: r.reward)) for g in by_group.values()]
+    best, worst = max(pairs, key=lambda pair: pair[0].reward - pair[1].reward)
+    return [best] if best is worst else [worst, best]

@@ -44,7 +44,8 @@ class Endpoint:
     async def _call(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
         async with self._session.request(method, self.url + path, headers=headers) as answer:
             if answer.status == 401:
-                assert answer.headers["WWW-Authenticate"].startswith("Bearer, Basic realm=")
+                schemes = [one.split()[0] for one in answer.headers.getall("WWW-Authenticate")]
+                assert schemes == ["Bearer", "Basic"], "a header each, or Chromium does not ask for a password"
             return answer.status, json.loads(await answer.text())
 
 

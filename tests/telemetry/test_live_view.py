@@ -148,6 +148,14 @@ def test_what_is_not_known_yet_is_no_number(tmp_path: Path, width: int) -> None:
     assert not re.search(r"[0-9]", "\n".join(lines[1:7])), "nothing was measured"
 
 
+def test_the_dashboards_address_is_there_while_it_answers(tmp_path: Path) -> None:
+    view = a_view(tmp_path)
+    view.watch("dashboard", "http://127.0.0.1:9470")
+    assert frame(view, 80)[-1] == "Ctrl-C stops, the same command continues   http://127.0.0.1:9470"
+    view.end("stopped")
+    assert frame(view, 80)[-1] == "the same command continues"
+
+
 def test_rows_of_an_older_run_may_lack_what_is_newer(tmp_path: Path) -> None:
     view = a_view(tmp_path)
     old = {name: value for name, value in row(1).items() if name not in ("tokens_per_s", "entropy", "train_exact")}

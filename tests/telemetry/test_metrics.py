@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -196,3 +197,12 @@ def test_the_page_has_the_table_of_the_code() -> None:
 @pytest.mark.parametrize("module", [totals, records])
 def test_examples(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
+
+
+def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+    """`make test-pages` lets promtool look at them."""
+    known = {metric.name: metric for metric in METRICS}
+    text = (ROOT / "launch" / "alerts.yml").read_text()
+    for name, labels in re.findall(r"(async_rl_[a-z0-9_]+)(?:{([^}]*)})?", text):
+        assert name in known, f"launch/alerts.yml: there is no {name}"
+        assert set(re.findall(r"(\w+)=", labels)) <= set(known[name].labels), f"{name}: {labels}"

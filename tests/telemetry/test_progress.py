@@ -119,6 +119,10 @@ def test_a_long_stage_speaks_when_nothing_else_does() -> None:
     assert progress.line("pulse", pulse("evaluation", 11, 30), 59) == "evaluating the start: 11 of 30 tasks"
 
 
+def test_the_dashboards_address_is_a_line() -> None:
+    assert Progress(RUN).line("dashboard", "http://127.0.0.1:9470", 0.0) == "dashboard: http://127.0.0.1:9470"
+
+
 def test_stages_in_words() -> None:
     assert stage_words(pulse("training", 20, 32, ready=20, version=6), RUN) == "step 7 of 40: 20 of 32 rollouts ready"
     assert stage_words(pulse("training", 40, 32, ready=40, version=6), RUN) == "step 7 of 40: 32 of 32 rollouts ready"
