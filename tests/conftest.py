@@ -28,11 +28,12 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Under ASYNC_RL_REQUIRE=all a test that would skip because a real part is missing fails. What a machine does not
-    permit is no missing part."""
+    permit is no missing part, and ASYNC_RL_WITHOUT names those that could not be had."""
     report = yield
+    without = [f"{name} is not installed" for name in os.environ.get("ASYNC_RL_WITHOUT", "").split()]
     if (
         report.skipped
-        and "not permitted here" not in str(report.longrepr)
+        and not any(reason in str(report.longrepr) for reason in ["not permitted here", *without])
         and os.environ.get("ASYNC_RL_REQUIRE") == "all"
     ):
         report.outcome = "failed"
