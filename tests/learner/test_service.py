@@ -121,6 +121,10 @@ def test_the_next_batch_is_asked_for_when_the_last_micro_batch_begins(
     real(main())
 
 
+def saved(message: LearnerMessage) -> tuple[int, str] | None:
+    return (message.version, message.path) if isinstance(message, CheckpointSaved) else None
+
+
 def test_steps_and_weights_go_on_while_a_checkpoint_is_written(
     ranks: Ranks, tmp_path: Path, real: Real, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,12 +159,12 @@ def test_steps_and_weights_go_on_while_a_checkpoint_is_written(
         assert publisher.published == [0, 1, 2, 3] and checkpoint.latest(tmp_path / CHECKPOINTS) is None
         disk.set()
         await until(CheckpointSaved)
-        assert told[-1] == CheckpointSaved(2, str(tmp_path / CHECKPOINTS / "v00000002"))
+        assert saved(told[-1]) == (2, str(tmp_path / CHECKPOINTS / "v00000002"))
         told.clear()
         server.send(peer, Shutdown("done", checkpoint=True))
         await until(CheckpointSaved)
         await service
-        assert CheckpointSaved(3, str(tmp_path / CHECKPOINTS / "v00000003")) in told
+        assert (3, str(tmp_path / CHECKPOINTS / "v00000003")) in map(saved, told)
 
     real(main())
 
