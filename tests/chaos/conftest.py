@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -184,3 +185,42 @@ def completes(run: Run, steps: int, *, lost_rows: int = 0) -> dict[str, int]:
 
 def newest_checkpoint(path: Path) -> int:
     return max((int(found.name[1:]) for found in (path / "checkpoints").glob("v*")), default=0)
+
+
+@pytest.fixture
+def ports() -> list[int]:
+    """Two in a row, and one more; free a moment ago."""
+    while True:
+        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+            one.bind(("127.0.0.1", 0))
+            three.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return [port, int(three.getsockname()[1])]
+
+
+def caught_up(run: Run, generator: str, version: int, within: float = 120) -> None:
+    """It samples with weights of at least this version."""
+    deadline = time.monotonic() + within
+    while (at := run.version_at(generator)) < version:
+        assert time.monotonic() < deadline, f"{generator} is at {at}, not at {version}:\n{run.call('/status')}"
+        time.sleep(0.05)
+
+
+def works(run: Run, generator: str, within: float = 120) -> None:
+    """It holds groups."""
+    deadline = time.monotonic() + within
+    while not any(one["name"] == generator and one["groups"] for one in run.call("/status")["generators"]):
+        assert time.monotonic() < deadline, run.call("/status")
+        time.sleep(0.05)
+
+
+def stopped(run: Run) -> None:
+    """Stopped by us: everything is accounted for."""
+    run.call("/stop", "POST")
+    code, printed = run.end(60)
+    assert code == 130, printed
+    check(run.path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -17,10 +16,10 @@ import pytest
 
 from async_rl.telemetry.run_directory import RunDirectory
 
-from ..system.conftest import ROOT, check
+from ..system.conftest import ROOT
 from ..weights.proxy import Proxy
 from .cable import NEAR, Cable
-from .conftest import Run
+from .conftest import Run, caught_up, stopped, works
 from .faults import BroadcastDeaths, Moment
 from .recomputation import KEPT, check_logprobs
 
@@ -78,21 +77,6 @@ def test_a_member_that_hangs_does_not_hold_up_the_others(start: Any, rng: random
     works(run, "generator-1")
     print(f"5 versions in {moved:.1f} s, back at {run.version_at('generator-1')}", flush=True)
     stopped(run)
-
-
-@pytest.fixture
-def ports() -> list[int]:
-    """Two in a row, and one more; free a moment ago."""
-    while True:
-        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
-            one.bind(("127.0.0.1", 0))
-            three.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return [port, int(three.getsockname()[1])]
 
 
 class FarGenerator:
@@ -220,27 +204,3 @@ def test_a_cable_that_is_pulled_out_for_ten_seconds(
     stopped(run)
     checked = check_logprobs(RunDirectory(run.path), atol=TOLERANCE)
     print(f"{sum(checked.values())} tokens of {len(checked)} versions agree with the learner")
-
-
-def caught_up(run: Run, generator: str, version: int, within: float = 120) -> None:
-    """It samples with weights of at least this version."""
-    deadline = time.monotonic() + within
-    while (at := run.version_at(generator)) < version:
-        assert time.monotonic() < deadline, f"{generator} is at {at}, not at {version}:\n{run.call('/status')}"
-        time.sleep(0.05)
-
-
-def works(run: Run, generator: str, within: float = 120) -> None:
-    """It holds groups."""
-    deadline = time.monotonic() + within
-    while not any(one["name"] == generator and one["groups"] for one in run.call("/status")["generators"]):
-        assert time.monotonic() < deadline, run.call("/status")
-        time.sleep(0.05)
-
-
-def stopped(run: Run) -> None:
-    """Stopped by us: everything is accounted for."""
-    run.call("/stop", "POST")
-    code, printed = run.end(60)
-    assert code == 130, printed
-    check(run.path)
