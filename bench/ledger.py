@@ -2,10 +2,11 @@
 
     python bench/ledger.py [--seconds 8] [--write] [--profile]
 
-Three arms. The controller has a process of its own; generators and the learner, which do no work, share another.
+Four arms. The controller has a process of its own; generators and the learner, which do no work, share another.
 
     throughput   generators answer a lease at once, the learner trains in no time. Every rollout lives its whole life:
                  admitted, a segment (8 KB), a result (20 KB), scored, composed, sent to the learner, trained, deleted.
+    keys         the same over CURVE, as beyond loopback.
     latency      1000 rollouts a second, as in a real run: a step takes --step-s, rollouts end one by one. From "version
                  live" to "admission reopened": inside the controller (it has read StepDone; the first lease is with
                  the socket) and from end to end (the learner sent StepDone; a generator has the lease).
@@ -48,6 +49,7 @@ from async_rl.controller.controller import Controller
 from async_rl.ledger import inspection
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import LmdbStore
+from async_rl.run_secrets import ClientKeys, RunSecrets, ServerKeys
 from async_rl.simulate.cluster import MemoryJournal, NumberedTasks
 from async_rl.wire.codec import Codec, rollout_stream, training_stream
 from async_rl.wire.messages import (
@@ -73,7 +75,7 @@ from async_rl.wire.messages import (
     WeightsLive,
 )
 from async_rl.wire.transport import Client
-from async_rl.wire.zeromq import ZmqServer
+from async_rl.wire.zeromq import ZmqServer, use_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, SEGMENT_TOKENS, PROMPT_TOKENS = 2560, 1024, 16
@@ -103,11 +105,11 @@ def recipe(steps: int) -> config.Run:
     )
 
 
-def serve(pipe: Connection, directory: Path, profile: bool) -> None:
+def serve(pipe: Connection, directory: Path, keys: ServerKeys | None, profile: bool) -> None:
     profiler = cProfile.Profile() if profile else None
     if profiler is not None:
         profiler.enable()
-    asyncio.run(_serve(pipe, directory))
+    asyncio.run(_serve(pipe, directory, keys))
     if profiler is not None:
         profiler.disable()
         pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(45)
@@ -160,9 +162,9 @@ class TimedRollouts(ZmqServer[Any, Any]):
         self.timed.sent()
 
 
-async def _serve(pipe: Connection, directory: Path) -> None:
-    rollouts = TimedRollouts(rollout_stream(), "127.0.0.1", 0)
-    training = TimedTraining(training_stream(), "127.0.0.1", 0)
+async def _serve(pipe: Connection, directory: Path, keys: ServerKeys | None) -> None:
+    rollouts = TimedRollouts(rollout_stream(), "127.0.0.1", 0, role="generator", keys=keys)
+    training = TimedTraining(training_stream(), "127.0.0.1", 0, role="learner", keys=keys)
     rollouts.timed = training.timed = timed = Timed()
     ledger = await Ledger.open(LmdbStore(directory))
     controller = Controller(
@@ -198,10 +200,14 @@ async def _serve(pipe: Connection, directory: Path) -> None:
 class Dealer(Client[Any, Any]):
     """As wire.zeromq.ZmqClient, which has an I/O thread of its own: a thousand of them share one here."""
 
-    def __init__(self, context: zmq.asyncio.Context, codec: Codec[Any, Any], address: str) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, codec: Codec[Any, Any], address: str, keys: ClientKeys | None
+    ) -> None:
         super().__init__(codec)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        if keys is not None:
+            use_keys(self._socket, keys)
         self._socket.connect(address)
 
     def _deliver(self, data: bytes) -> None:
@@ -227,12 +233,16 @@ SEGMENT_BYTES = bytes(4 * SEGMENT_TOKENS)
 class Peers:
     """Generators and the learner."""
 
-    def __init__(self, rollouts: str, training: str, *, generators: int, step_s: float) -> None:
+    def __init__(
+        self, rollouts: str, training: str, secrets: RunSecrets | None, *, generators: int, step_s: float
+    ) -> None:
         context = zmq.asyncio.Context()
         context.set(zmq.MAX_SOCKETS, 16384)
         codec = rollout_stream().mirror
-        self.generators = [Dealer(context, codec, rollouts) for _ in range(generators)]
-        self.learner = Dealer(context, training_stream().mirror, training)
+        keys = None if secrets is None else secrets.client("generator")
+        self.generators = [Dealer(context, codec, rollouts, keys) for _ in range(generators)]
+        keys = None if secrets is None else secrets.client("learner")
+        self.learner = Dealer(context, training_stream().mirror, training, keys)
         self.step_s = step_s
         self.random = random.Random(1)
         self.over = False
@@ -343,15 +353,19 @@ class Reading(NamedTuple):
     reopened_cpu: list[float]
 
 
-def measure(*, generators: int, step_s: float, seconds: float, profile: bool = False) -> dict[str, Any]:
+def measure(
+    *, generators: int, step_s: float, seconds: float, curve: bool = False, profile: bool = False
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "ledger"
+        secrets = RunSecrets(Path(scratch) / "secrets") if curve else None
+        keys = None if secrets is None else secrets.make()
         ours, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
-        controller = spawn.Process(target=serve, args=(theirs, directory, profile))
+        controller = spawn.Process(target=serve, args=(theirs, directory, keys, profile))
         controller.start()
         rollouts, training = ours.recv()
-        peers = Peers(rollouts, training, generators=generators, step_s=step_s)
+        peers = Peers(rollouts, training, secrets, generators=generators, step_s=step_s)
 
         def reading() -> Reading:
             ours.send("cpu")
@@ -432,15 +446,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--step-s", type=float, default=0.25, help="of the latency arms: 1000 rollouts a second")
-    parser.add_argument("--only", choices=("throughput", "latency", "connections"))
+    parser.add_argument("--only", choices=("throughput", "keys", "latency", "connections"))
     parser.add_argument("--profile", action="store_true", help="of the controller's loop, on stderr")
     parser.add_argument("--write", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
-    arms = {"throughput": (8, 0.0), "latency": (8, options.step_s), "connections": (1000, options.step_s)}
+    arms = {"throughput": (8, 0.0), "keys": (8, 0.0)}
+    arms |= {"latency": (8, options.step_s), "connections": (1000, options.step_s)}
     figures: dict[str, Any] = {"rollout_kb": 8 * TOKENS / 1024, "segment_kb": 8 * SEGMENT_TOKENS / 1024}
     for name, (generators, step_s) in arms.items():
         if options.only in (None, name):
-            found = measure(generators=generators, step_s=step_s, seconds=options.seconds, profile=options.profile)
+            seconds, curve = options.seconds, name == "keys"
+            found = measure(generators=generators, step_s=step_s, seconds=seconds, curve=curve, profile=options.profile)
             figures[name] = found
             print(
                 f"{name:<12} {generators:5d} generators  {found['rollouts_per_s']:7.0f} rollouts/s"
@@ -449,6 +465,9 @@ def main() -> None:
             for where in ("in_controller", "in_controller_cpu", "end_to_end"):
                 reopened = found[f"reopened_{where}_ms"].items()
                 print(f"    reopened {where:<18}" + "  ".join(f"{key} {value:.1f}" for key, value in reopened))
+    if options.only is None:
+        figures["share_with_keys"] = figures["keys"]["rollouts_per_s"] / figures["throughput"]["rollouts_per_s"]
+        print(f"with keys / without: {figures['share_with_keys']:.2f}")
     if options.only in (None, "throughput"):
         figures["raw_lmdb"] = {}
         for size in (16, 64, 256):
