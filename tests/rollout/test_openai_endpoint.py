@@ -36,7 +36,8 @@ from async_rl.rollout.openai_server import OpenAIServer
 from async_rl.rollout.policy import RecordedPolicy
 from async_rl.rollout.reply import RecordedReply
 from async_rl.rollout.tokenizer_text import TokenizerText
-from async_rl.wire.messages import RolloutResult, Task, WeightsId
+from async_rl.simulate.cluster import NumberText
+from async_rl.wire.messages import RolloutResult, Segment, Task, WeightsId
 
 Run = Callable[[Any], Any]
 Agent = Callable[[Endpoint, RecordedPolicy], Awaitable[Any]]
@@ -336,6 +337,68 @@ def test_an_episode_that_ends_while_its_agent_still_asks_takes_the_request_back(
     real(main())
 
 
+class Written(NumberText):
+    """Tokens are characters, and there are thoughts."""
+
+    thinks = True
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
+
+
+class Scripted:
+    """Always calls a tool, if it may."""
+
+    temperature = 1.0
+
+    async def answer(self, question: Question) -> RecordedReply:
+        text = '<think>hm</think>Wait.<tool_call>{"name": "add", "arguments": {"a": [1, "\u00e4"]}}</tool_call>'
+        tokens = [ord(character) for character in text]
+        logprobs = [-0.5] * len(tokens)
+        return RecordedReply(Written(), tokens, logprobs, "eos", 3, 7, False, bool(question.tools), ())
+
+
+def test_tool_calls_and_thoughts_arrive_whole_and_in_a_stream(real: Run) -> None:
+    asked: Any = {
+        "model": "",
+        "messages": [USER],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+    }
+
+    async def main() -> None:
+        server = OpenAIServer("127.0.0.1")
+        await server.start()
+        try:
+            with server.open(Scripted(), ()) as endpoint:
+                async with client(endpoint) as openai:
+                    (choice,) = (await openai.chat.completions.create(**asked)).choices
+                    stream = await openai.chat.completions.create(**asked, stream=True)
+                    pieces = [piece.choices[0] async for piece in stream]
+                    refrains = await openai.chat.completions.create(**asked, tool_choice="none")
+        finally:
+            await server.stop()
+        (call,) = choice.message.tool_calls
+        assert (call.id, call.function.name, json.loads(call.function.arguments)) == (
+            "call_3_0",
+            "add",
+            {"a": [1, "ä"]},
+        )
+        assert (choice.message.content, choice.message.reasoning_content) == ("Wait.", "hm")
+        assert choice.finish_reason == pieces[-1].finish_reason == "tool_calls"
+        (streamed,) = [piece.delta for piece in pieces if piece.delta.tool_calls]
+        (again,) = streamed.tool_calls
+        assert (again.index, again.id, again.function) == (
+            0,
+            call.id,
+            again.function.model_copy(update=dict(call.function)),
+        )
+        assert (streamed.content, streamed.reasoning_content) == ("Wait.", "hm")
+        (choice,) = refrains.choices
+        assert choice.message.tool_calls is None and choice.message.content.startswith("Wait.<tool_call>")
+
+    real(main())
+
+
 def test_a_bug_of_ours_fails_the_episode_and_not_only_the_request(real: Run) -> None:
     class Broken:
         temperature = None
@@ -353,6 +416,43 @@ def test_a_bug_of_ours_fails_the_episode_and_not_only_the_request(real: Run) -> 
                         await openai.completions.create(model="", prompt="1")
         finally:
             await server.stop()
+
+    real(main())
+
+
+def test_an_agent_whose_lease_ends_while_it_asks_goes_on_under_the_next(real: Run) -> None:
+    """Two of its requests are under way at once, so that one of them is recalled by the other's end."""
+
+    async def agent(endpoint: Endpoint, policy: RecordedPolicy) -> list[str]:
+        async def converse(openai: AsyncOpenAI, name: str) -> str:
+            messages: list[Any] = [{"role": "user", "content": name}]
+            for _ in range(2):
+                reply = await openai.chat.completions.create(model="", messages=messages)
+                messages += [{"role": "assistant", "content": reply.choices[0].message.content}, USER]
+            return str(messages[-2]["content"])
+
+        async with client(endpoint) as openai:
+            return await asyncio.gather(converse(openai, "a"), converse(openai, "b"))
+
+    said = Said(agent)
+
+    async def main() -> None:
+        async with on_tiny(said) as running:
+            segments: list[Segment] = []
+            leases = 0
+            while leases == 0 or not running.results:
+                await running.run(lease(max_new_tokens=24, segment_tokens=8, lease_tokens=20, segments=segments))
+                assert not running.failures
+                segments, leases = segments + running.segments, leases + 1
+            assert leases > 2
+            (result,) = running.results
+            assert [len(one.spans) for one in result.sequences] == [2, 2]
+            replies = [one.tokens[4 * span.start : 4 * span.end] for one in result.sequences for span in one.spans]
+            for call in range(4):
+                kept = b"".join(segment.tokens for segment in segments if segment.call == call)
+                assert kept and sum(reply.startswith(kept) for reply in replies) == 1, "nothing is sampled twice"
+            texts = [tiny_text().decode(np.frombuffer(reply, np.int32).tolist()) for reply in replies]
+            assert set(said.values[-1]) <= set(texts)
 
     real(main())
 

@@ -90,7 +90,11 @@ def test_whatever_a_model_writes_is_read(text: str, thinks: bool, opened: bool) 
 
 
 @settings(max_examples=30)
-@given(st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists)))
+@given(
+    st.dictionaries(
+        st.text(max_size=5), st.none() | st.lists(st.integers() | st.text(max_size=5), max_size=2), max_size=3
+    )
+)
 def test_what_is_written_is_what_is_read(arguments: dict[str, Any]) -> None:
     for key in ("arguments", "parameters"):
         assert read(json.dumps({"name": "f", key: arguments})).calls == [Called("f", arguments)]
