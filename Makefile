@@ -49,9 +49,10 @@ test-kernels: $(VENV)/.kernels  ## the Triton kernels of the decode step, withou
 test-chaos: $(STAMP)  ## real processes killed, stopped, starved and damaged; CHAOS_SEED=2 draws other moments
 	$(BIN)/python -m pytest -v -n 0 --durations 0 tests/chaos
 
-# Those of Slurm need root and Debian's slurm-wlm, slurmctld, slurmd and munge; CLUSTER=tests/cluster/test_nodes.py leaves them out.
+# Slurm and network namespaces need root and Debian's slurm-wlm, slurmctld, slurmd, munge and iproute2;
+# CLUSTER=tests/cluster/test_nodes.py leaves them out.
 CLUSTER ?= tests/cluster
-test-cluster: $(STAMP)  ## runs on several nodes: process groups, and a real Slurm on this machine
+test-cluster: $(STAMP)  ## runs on several nodes: process groups, networks, and a real Slurm on this machine
 	$(BIN)/python -m pytest -v -n 0 --durations 0 $(CLUSTER)
 
 test-pages: $(STAMP)  ## dashboard and metrics with a real Chromium and Prometheus (Debian: apt-get install chromium prometheus)

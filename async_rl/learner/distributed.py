@@ -36,6 +36,11 @@ def choose_device(device: str) -> torch.device:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank >= (found := torch.cuda.device_count()):
+            raise UserError(
+                f"learner.ranks: rank {local_rank} of this machine has no GPU, it has {found}: start at most {found} "
+                "ranks here, or write learner.device = 'cpu'"
+            )
         return torch.device("cuda", local_rank)
     if device == "auto":
         return torch.device("cpu")
