@@ -117,7 +117,7 @@ class Cluster:
     async def begun(self) -> Service:
         """The controller, once it is ready."""
         controller = await self.here.next("controller")
-        controller.tell("ready", {"rollouts": "tcp://r", "training": "tcp://t"})
+        controller.tell("ready", {"rollouts": "tcp://r", "training": "tcp://t", "admin": "http://a"})
         return controller
 
 
@@ -153,7 +153,7 @@ def test_services_are_told_where_the_controller_is_and_leave_when_it_says_so(vir
         complete(controller)
 
     outcome, cluster = virtual(driven(lambda: Cluster(tmp_path), test))
-    assert outcome == "complete" and cluster.said == ["opened"]
+    assert outcome == "complete" and cluster.said == ["dashboard http://a", "opened"]
 
 
 def test_a_lost_generator_machine_is_waited_for_while_another_generator_works(virtual: Any, tmp_path: Path) -> None:
