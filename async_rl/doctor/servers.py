@@ -25,7 +25,7 @@ async def _ask(attach: list[str], router: str, keys: Keys) -> list[Check]:
     async with aiohttp.ClientSession() as session:
         checks = [_server(SGLangClient(url, session, keys)) for url in attach]
         if router:
-            checks.append(_router(Router(router, session, keys)))
+            checks.append(_router(Router(router, session, keys), attach))
         return await asyncio.gather(*checks)
 
 
@@ -40,9 +40,19 @@ async def _server(client: SGLangClient) -> Check:
     return Check("server", "ok", f"{client.url}: SGLang {info.version} on {info.device}, --tp-size {info.tp_size}")
 
 
-async def _router(client: Router) -> Check:
+async def _router(client: Router, attach: list[str]) -> Check:
     try:
         await client.be_there(ANSWER_S)
     except ServerError as error:
         return Check("server", "FAIL", f"generator.sglang.router = {client.url!r}: {error}")
+    try:
+        found = await client.lists_others(attach)
+        others = f"it names its servers {', '.join(found)}; write these in generator.sglang.attach" if found else ""
+    except ServerError as error:
+        others = str(error)
+    if others and len(attach) > 1:
+        why = "so that all of them wait while one is away (docs/sglang.md)"
+        return Check(
+            "server", "warn", f"{client.url} answers, the router; a server cannot be taken out of it, {why}: {others}"
+        )
     return Check("server", "ok", f"{client.url} answers, the router")

@@ -12,6 +12,7 @@ import pytest
 from rollout_cases import Episode, conversation, environment, fake, lease, one_turn, weights
 
 from async_rl.engines.fake import FakeEngine
+from async_rl.engines.protocol import Snapshot
 from async_rl.environments.api import Policy
 from async_rl.rollout.host import EpisodeHost
 from async_rl.rollout.host_runner import inline, on_thread
@@ -328,3 +329,22 @@ class ThreadsafeFake(FakeEngine):
 
     def _post(self, command: Any) -> None:
         self._home.call_soon_threadsafe(super()._post, command)
+
+
+def test_weights_that_come_behind_newer_ones_are_not_loaded(virtual: Run) -> None:
+    class Late(InstantWeights):
+        async def fetch(self, announce: WeightsAnnounce) -> Snapshot:
+            await asyncio.sleep(5.0 if announce.weights.version == 0 else 0.0)
+            return await super().fetch(announce)
+
+    async def main() -> None:
+        engine = fake()
+        async with scripted(one_turn, engine, receiver=Late()) as controller:
+            for version in (0, 1):
+                controller.say(WeightsAnnounce(WeightsId(0, version), "shared_memory"))
+                await asyncio.sleep(1)
+            await asyncio.sleep(10)
+            assert [live.weights.version for live in controller.of(WeightsLive)] == [1]
+            assert engine.weights == WeightsId(0, 1)
+
+    virtual(main())

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 from engine_cases import request
 
+from async_rl import recipes
+from async_rl.doctor.check import Check
+from async_rl.doctor.servers import servers as examined
 from async_rl.engines.sglang import worker
 from async_rl.engines.sglang.router import Router
 from async_rl.engines.sglang.server import free_port
 from async_rl.engines.sglang.update import ServerWeights
 from async_rl.errors import UserError
 
-from .conftest import CPU_ENVIRONMENT, PYTHON, START_S, Server
+from .conftest import CPU_ENVIRONMENT, PYTHON, ROOT, START_S, Server
 from .sglang_cases import drifting, make_engine, running, snapshot
 
 ROUTER_S = 60.0
@@ -166,6 +169,19 @@ def test_one_of_two_behind_a_router_is_killed_and_comes_back(
     assert "still away; the others work on" in caplog.text
     assert "which are not ours" not in caplog.text
     assert prefilled(another) > 0, "it has worked since it was started again"
+
+
+def test_the_doctor_sees_whether_servers_can_be_taken_out(router: tuple[str, list[Server]]) -> None:
+    url, servers = router
+
+    def of_the_router(*attach: str) -> Check:
+        sets = [f"generator={{engine='sglang', sglang={{attach={list(attach)}, router='{url}'}}}}"]
+        return examined(recipes.load(ROOT / "recipes" / "sort.toml", sets))[-1]
+
+    assert of_the_router(servers[0].url, servers[1].url + "/").status == "ok"
+    check = of_the_router(servers[0].url, servers[1].url.replace("127.0.0.1", "localhost"))
+    named = ", ".join(sorted(one.url for one in servers))
+    assert check.status == "warn" and f"it names its servers {named}" in check.detail
 
 
 def test_one_of_two_behind_a_router_is_paused(

@@ -15,7 +15,6 @@ import pytest
 from async_rl.engines.sglang import worker
 from async_rl.engines.sglang.client import ServerGone, SGLangClient
 from async_rl.engines.sglang.contract import ASLEEP
-from async_rl.engines.sglang.worker import Worker
 
 from .conftest import ROOT, Server
 from .sglang_cases import make_engine, running, snapshot
@@ -41,13 +40,13 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def attaching(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when an engine looks for a server that runs already."""
-    real, began = Worker._attach, threading.Event()
+    real, began = worker.attach, threading.Event()
 
-    async def attach(one: Worker) -> None:
+    async def attach(*server: Any, **how: Any) -> None:
         began.set()
-        await real(one)
+        await real(*server, **how)
 
-    monkeypatch.setattr(Worker, "_attach", attach)
+    monkeypatch.setattr(worker, "attach", attach)
     return began
 
 

@@ -23,8 +23,9 @@ from async_rl.engines.sglang.calls import Calls
 from async_rl.engines.sglang.client import LINE_BYTES, ServerRefused, SGLangClient
 from async_rl.engines.sglang.contract import CONTEXT_RESERVE, INPUT_RESERVE, new_owner
 from async_rl.engines.sglang.lease import PauseLease
+from async_rl.engines.sglang.moment import Moment
 from async_rl.engines.sglang.push import WeightPush
-from async_rl.engines.sglang.router import Router
+from async_rl.engines.sglang.router import Place, Router
 from async_rl.engines.sglang.server import ServerProcess
 from async_rl.engines.sglang.settings import Settings
 from async_rl.engines.sglang.update import ServerWeights
@@ -318,7 +319,7 @@ class SGLangEngine:
                 start_s=settings.start_s,
                 stuck_s=settings.stuck_s,
                 max_input=self._max_input,
-                router=router,
+                place=Place(router, url) if router is not None else None,
                 others_work=lambda: any(one.ready for one in self._workers),
                 off_device=settings.off_device,
                 owner=self._owner,
@@ -337,7 +338,7 @@ class SGLangEngine:
     async def _update(self, snapshot: Snapshot) -> Swap:
         if self._settings.in_flight == "drain":
             await self._drain()
-        moment = _Moment(self._calls, lambda: self._delivered)
+        moment = Moment(self._calls, lambda: self._delivered)
         self._swapping = True
         self._attribute()
         try:
@@ -350,7 +351,7 @@ class SGLangEngine:
             self._calls.begin_again()
         self._released = False
         self._calls.held_by.discard(RELEASED)
-        return Swap(max(stalls), moment.sampled or self._calls.all_sampled(), moment.delivered)
+        return Swap(max(stalls), moment.sampled, moment.delivered)
 
     async def _update_all(self, snapshot: Snapshot, note: Callable[[Worker], None]) -> list[float]:
         """Every server that is there; one that is away gets them when it is back, and holds up no other. Where all are
@@ -363,12 +364,12 @@ class SGLangEngine:
             await _first(worker.wait_up() for worker in self._workers)
 
     async def _release(self) -> Swap:
-        moment = _Moment(self._calls, lambda: self._delivered)
+        moment = Moment(self._calls, lambda: self._delivered)
         self._calls.held_by.add(RELEASED)
         await asyncio.gather(*(worker.release(moment.note) for worker in self._workers))
         self._released = True
         self._attribute()
-        return Swap(0.0, moment.sampled or self._calls.all_sampled(), moment.delivered)
+        return Swap(0.0, moment.sampled, moment.delivered)
 
     async def _drain(self) -> None:
         self._calls.held_by.add(DRAIN)
@@ -434,28 +435,6 @@ class SGLangEngine:
             self._ended.set_result(None)
         else:
             self._ended.set_exception(error)
-
-
-class _Moment:
-    """How far every request was when its server stood still; servers do so one after the other."""
-
-    def __init__(self, calls: Calls, delivered: Callable[[], int]) -> None:
-        self._calls, self._count = calls, delivered
-        self.sampled: dict[int, int] = {}
-        self._delivered: int | None = None
-
-    @property
-    def delivered(self) -> int:
-        return self._count() if self._delivered is None else self._delivered
-
-    def note(self, worker: Worker) -> None:
-        """What the others have by now may grow until their own moment."""
-        ours, others = self._calls.sampled(worker)
-        self.sampled |= ours
-        for request_id, tokens in others.items():
-            self.sampled.setdefault(request_id, tokens)
-        if self._delivered is None:
-            self._delivered = self._count()
 
 
 async def _all(updates: Iterable[Coroutine[Any, Any, float | None]]) -> list[float | None]:

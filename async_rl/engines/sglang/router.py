@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import aiohttp
 
-from async_rl.engines.sglang.client import API_KEY, NO_KEYS, ServerGone, ServerRefused, SGLangClient
+from async_rl.engines.sglang.client import API_KEY, NO_KEYS, ServerError, ServerGone, ServerRefused, SGLangClient
 from async_rl.engines.sglang.keys import Keys
 
 LOOK_S = 0.1
 """Between two looks at whether it has done what it was told."""
 DONE_S = 10.0
+log = logging.getLogger(__name__)
 KEPT = ("model_id", "priority", "cost")
 """What a server has in the router that it cannot find out, and has again when it is put in."""
 
@@ -96,3 +99,42 @@ class Router(SGLangClient):
         except TimeoutError:
             done = "put in" if there else "taken out"
             raise ServerGone(f"SGLang router {self.url}: {url} was not {done} within {DONE_S:.0f} s") from None
+
+    async def lists_others(self, urls: Iterable[str]) -> list[str]:
+        """What it calls its servers, where these are not among them. Raises ServerGone, ServerRefused."""
+        listed = await self._workers()
+        return [] if all(url.rstrip("/") in listed for url in urls) else sorted(listed)
+
+
+class Place:
+    """Of one server in the router."""
+
+    def __init__(self, router: Router, url: str) -> None:
+        self.router, self._url = router, url.rstrip("/")
+        self.out = False
+        """The router passes nothing to it."""
+
+    async def look(self) -> None:
+        """At whether somebody took it out before us. Raises ServerGone."""
+        self.out = self.out or await self.router.lacks(self._url)
+
+    async def leave(self) -> None:
+        try:
+            self.out = await self.router.take_out(self._url)
+        except ServerError as error:
+            self.out = False
+            log.warning("%s: nothing begins until SGLang server %s is back", error, self._url)
+
+    async def join(self) -> None:
+        try:
+            await self.router.put_in(self._url)
+        except ServerError as error:
+            log.warning("%s: the next look at SGLang server %s tries again", error, self._url)
+        else:
+            self.out = False
+
+    async def close(self) -> None:
+        """Whoever comes next finds it in the router as soon as it answers."""
+        if self.out:
+            with contextlib.suppress(ServerError):
+                await self.router.tell_to_put_in(self._url)

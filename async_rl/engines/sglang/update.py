@@ -167,7 +167,8 @@ class ServerWeights:
                     log.warning("%s: once more", error)
         except (ServerRefused, OSError) as error:
             raise ServerBroken(
-                f"{error}; the weights of {self._client.url} are half loaded, so it stays paused"
+                f"{error}; the weights of {self._client.url} are half loaded, so it stays paused. It was to read "
+                f"them from {directory}, which must be the same directory there"
             ) from error
         finally:
             with contextlib.suppress(OSError):

@@ -13,16 +13,16 @@ that somebody else has paused is resumed, and the log says so.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from async_rl.engines.protocol import Snapshot
+from async_rl.engines.sglang.attaching import attach
 from async_rl.engines.sglang.client import Load, ServerError, ServerGone, ServerRefused, SGLangClient
 from async_rl.engines.sglang.contract import ASLEEP, EMPTY, parse_version, version_name
-from async_rl.engines.sglang.router import Router
+from async_rl.engines.sglang.router import Place
 from async_rl.engines.sglang.server import ServerFailed, ServerProcess
 from async_rl.engines.sglang.update import ServerBroken, ServerWeights
 from async_rl.errors import UserError
@@ -53,7 +53,7 @@ class Worker:
         start_s: float,
         stuck_s: float,
         max_input: int,
-        router: Router | None = None,
+        place: Place | None = None,
         others_work: Callable[[], bool] = lambda: False,
         off_device: bool = False,
         owner: str,
@@ -61,16 +61,14 @@ class Worker:
         hangs: Callable[[Worker], None] = lambda _: None,
     ) -> None:
         """process: the server to start; None attaches to `url`. max_input: tokens of prompt it must take. stuck_s: so
-        long may somebody else pause it. router: what `url` is attached behind. others_work: whether requests go on
+        long may somebody else pause it. place: in the router it is attached behind. others_work: whether requests go on
         while it is away. off_device: the device is somebody else's until the first weights. owner: whose weights it is
         to hold. news: called when something may begin that could not. hangs: called where it is lost, and has not even
         closed its connections."""
         self._make_client, self._make_weights, self._process = make_client, make_weights, process
         self._owner = owner
         self._start_s, self._stuck_s, self._max_input, self._news = start_s, stuck_s, max_input, news
-        self._router, self._others_work, self._hangs = router, others_work, hangs
-        self.out = False
-        """The router passes nothing to it."""
+        self._place, self._others_work, self._hangs = place, others_work, hangs
         self.client = make_client(url)
         self._weights = make_weights(self.client)
         self._up = asyncio.Event()
@@ -103,6 +101,11 @@ class Worker:
         """In all."""
         self.foreign_pauses = 0
         self.load: Load | None = None
+
+    @property
+    def out(self) -> bool:
+        """There is a router, and it passes nothing to this server."""
+        return self._place is not None and self._place.out
 
     @property
     def ready(self) -> bool:
@@ -145,7 +148,9 @@ class Worker:
                 self.restarts += 1
                 self.restarted += 1
                 log.warning("SGLang server %s is gone (%s); %s", self.client.url, why, self._what_now())
-                await self._leave_router()
+                if self._place is not None:
+                    await self._place.leave()
+                    self._news()
                 if self._silent:
                     self._hangs(self)
                 if self.restarts > MAX_RESTARTS:
@@ -157,8 +162,8 @@ class Worker:
     async def _serve(self) -> str:
         """Until it is gone; why, in words."""
         self._lost = ""
-        if self.out:
-            await self._leave_router()  # which may have been told before to put it in as soon as it answers
+        if self._place is not None and self.out:
+            await self._place.leave()  # the router may have been told before to put it in as soon as it answers
         if not self._on_device.is_set():
             await self._leave()  # it came, or came back, in somebody else's turn
         if not self._lost:
@@ -276,9 +281,8 @@ class Worker:
         if self._process is not None:
             await self._process.stop()
             return
-        if self._router is not None and self.out:
-            with contextlib.suppress(ServerError):
-                await self._router.tell_to_put_in(self.client.url)
+        if self._place is not None:
+            await self._place.close()
         if self._up.is_set():
             await self._weights.close()
 
@@ -291,7 +295,8 @@ class Worker:
             self._weights = self._make_weights(self.client)
             await self._process.wait_ready(self.client, self._start_s)
         else:
-            await self._attach()
+            again, others = self.restarted > 0, self._others_work
+            await attach(self.client, self._place, start_s=self._start_s, again=again, others_work=others)
         self.client.empty = await self.client.weight_version() in (ASLEEP, EMPTY)
         info = await self.client.info()
         if info.untested:
@@ -308,44 +313,6 @@ class Worker:
                 "start as many servers and name them all in generator.sglang.attach"
             )
 
-    async def _attach(self) -> None:
-        """Until the server answers, and the router in front of it."""
-        deadline = asyncio.get_running_loop().time() + self._start_s
-        for ask in (self.client.info, self.client.ask_admin):
-            await self._wait_answer(lambda ask=ask: ask(PROBE_ANSWER_S), "attach", self.client.url, deadline)
-        if (router := self._router) is not None:
-            await self._wait_answer(lambda: router.be_there(PROBE_ANSWER_S), "router", router.url, deadline)
-            await self._wait_answer(lambda: self._ask_whether_out(router), "router", router.url, deadline)
-
-    async def _ask_whether_out(self, router: Router) -> None:
-        self.out = self.out or await router.lacks(self.client.url)
-
-    async def _wait_answer(self, ask: Callable[[], Awaitable[Any]], field: str, url: str, deadline: float) -> None:
-        """Raises UserError where nothing ever answered at this URL of the recipe, ServerFailed where no longer, and no
-        other server works on."""
-        told = False
-        while True:
-            try:
-                await ask()
-                return
-            except ServerError as error:
-                failure = ServerFailed if self.restarted else UserError
-                if isinstance(error, ServerRefused) and error.denied:
-                    raise failure(str(error)) from None
-                late = asyncio.get_running_loop().time() - deadline
-                if late >= 0 and self.restarted and self._others_work():
-                    log.warning("%s: still away; the others work on without it", self.client.url)
-                    deadline += late + self._start_s
-                elif late >= 0:
-                    raise failure(
-                        f"generator.sglang.{field} = {url!r}: nothing answered for {self._start_s:.0f} s ({error}); "
-                        "write the URL of one that runs, or a larger generator.sglang.start_s"
-                    ) from None
-                if not told:
-                    log.warning("%s: waiting for it, up to %.0f s", error, self._start_s)
-                told = True
-                await asyncio.sleep(PROBE_S)
-
     async def wait_up(self) -> None:
         """Raises ServerFailed."""
         try:
@@ -353,25 +320,6 @@ class Worker:
                 await self._up.wait()
         except TimeoutError:
             raise ServerFailed(f"SGLang server {self.client.url} did not come back") from None
-
-    async def _leave_router(self) -> None:
-        if self._router is None:
-            return
-        try:
-            self.out = await self._router.take_out(self.client.url)
-        except ServerError as error:
-            self.out = False
-            log.warning("%s: nothing begins until SGLang server %s is back", error, self.client.url)
-        self._news()
-
-    async def _join_router(self, router: Router) -> None:
-        try:
-            await router.put_in(self.client.url)
-        except ServerError as error:
-            log.warning("%s: the next look at SGLang server %s tries again", error, self.client.url)
-        else:
-            self.out = False
-            self._news()
 
     async def _answers(self) -> bool:
         """A call that broke off need not mean that the server is gone."""
@@ -427,8 +375,9 @@ class Worker:
                     self._doubted = False
                     self._news()
             await self._end_foreign_pause()
-            if self._router is not None and self.out and self.ready:
-                await self._join_router(self._router)
+            if self._place is not None and self.out and self.ready:
+                await self._place.join()
+                self._news()
         except ServerError as error:
             log.warning("%s", error)
             self._silent = isinstance(error.__cause__, TimeoutError)
