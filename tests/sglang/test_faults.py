@@ -136,6 +136,28 @@ def test_one_of_two_servers_hangs(
     asyncio.run(main())
 
 
+def test_a_server_that_hangs_does_not_hold_up_the_end(
+    another: Server, tmp_path: Path, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not told that its weight group is over; the next one forms another."""
+    monkeypatch.setattr(worker, "PROBE_S", 600.0)
+
+    async def main(stops: bool) -> None:
+        engine = make_engine(tmp_path, attach=[another.url])
+        async with running(engine, 20) as feed:
+            await engine.load_weights(snapshot(models, 0))
+            feed.submit(4)
+            await feed.finish()
+            if stops:
+                os.killpg(another.process.pid, signal.SIGSTOP)
+
+    try:
+        asyncio.run(main(stops=True))
+    finally:
+        os.killpg(another.process.pid, signal.SIGCONT)
+    asyncio.run(main(stops=False))
+
+
 def test_a_server_that_cannot_start_is_named(tmp_path: Path) -> None:
     async def main(**settings: Any) -> None:
         async with running(make_engine(tmp_path, **settings)) as feed:

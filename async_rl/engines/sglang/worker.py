@@ -13,6 +13,7 @@ that somebody else has paused is resumed, and the log says so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ LOST_PROBES = 3
 """So many in a row without an answer: it is gone, or hangs."""
 SUSPECT_S = 0.2
 UPDATE_TRIES = 3
+CLOSE_S = 2.0
+"""What an attached server is told at the end is for tidiness alone."""
 MAX_RESTARTS = 3
 """In a row, without a finished piece in between."""
 log = logging.getLogger(__name__)
@@ -281,10 +284,12 @@ class Worker:
         if self._process is not None:
             await self._process.stop()
             return
-        if self._place is not None:
-            await self._place.close()
-        if self._up.is_set():
-            await self._weights.close()
+        with contextlib.suppress(TimeoutError):  # it, or the router, may hang
+            async with asyncio.timeout(CLOSE_S):
+                if self._place is not None:
+                    await self._place.close()
+                if self._up.is_set():
+                    await self._weights.close()
 
     async def _start(self) -> None:
         self._doubted = False
