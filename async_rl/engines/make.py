@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from async_rl.config import Run
 from async_rl.engines.embedded import EmbeddedEngine
 from async_rl.engines.protocol import Engine
+from async_rl.engines.sglang.addresses import check_host
 from async_rl.engines.sglang.engine import SGLangEngine
 from async_rl.engines.sglang.installation import python_of
 from async_rl.engines.sglang.keys import keys_of
@@ -45,6 +46,7 @@ def make_engine(run: Run, config: PreTrainedConfig, directory: Path, *, name: st
     server = run.generator.sglang
     if server.load_by == "group":  # said before a server takes its time to start
         listen(server.host, field="generator.sglang.host", owner="generator").close()
+        check_host(server.host, server.attach)
     files = directory / f"{name}-sglang"
     urls = [url.rstrip("/") for url in server.attach]
     attach = urls if server.router else urls[index :: run.generator.count]

@@ -207,6 +207,7 @@ class SGLangEngine:
     async def stop(self) -> None:
         if self._thread is None:
             self._close(None)
+            self._loop.close()
             return
         with suppress(RuntimeError):  # it has ended already
             self._post(self._stopping.set)
