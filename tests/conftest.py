@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from async_rl.simulate.virtual_loop import run_virtual
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 Main = Coroutine[Any, Any, Any]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing here has imported torch yet; child processes inherit it
+
+# Cores are shared: how long an example takes, or its making, says nothing of the code.
+settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared cores")
 
 # A suite that was started in the background of a script inherits an ignored SIGINT, and so would all it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,7 +14,7 @@ from async_rl.algorithms.batch import LossOutput, Normaliser, TokenBatch
 from async_rl.algorithms.metrics import add_stats
 from async_rl.algorithms.objective import Objective
 
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(max_examples=15, derandomize=True)
 MAX_NEW_TOKENS = 16
 VERSION = 5
 

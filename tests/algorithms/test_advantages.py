@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from async_rl.algorithms.group_advantage import group_advantage, max_advantage
 from async_rl.algorithms.presets import PRESETS, preset
 
-advantages = settings(max_examples=40, deadline=None, derandomize=True)
+advantages = settings(max_examples=40, derandomize=True)
 NAN = float("nan")
 REWARD = st.one_of(st.sampled_from([0.0, 1.0, 0.7, NAN]), st.floats(-30, 30, width=32))
 GROUPS = st.lists(st.tuples(REWARD, st.integers(0, 4)), min_size=1, max_size=24)

@@ -16,7 +16,7 @@ from async_rl.algorithms.kl import kl_estimate, kl_slope
 from async_rl.algorithms.objective import Objective
 from async_rl.algorithms.presets import preset
 
-enumerated = settings(max_examples=25, deadline=None, derandomize=True)
+enumerated = settings(max_examples=25, derandomize=True)
 LOGITS = st.lists(st.floats(-2, 2), min_size=4, max_size=4).map(lambda x: torch.tensor(x, dtype=torch.float64))
 REWARDS = st.lists(st.floats(-1, 1), min_size=4, max_size=4).map(lambda x: torch.tensor(x, dtype=torch.float64))
 KINDS = ["k1", "k2", "k3"]

@@ -28,7 +28,7 @@ from async_rl.algorithms.versions import version_lag
 from async_rl.algorithms.vtrace import vtrace
 from async_rl.environments.sorting import distance, inclusion_ordering
 
-examples = settings(max_examples=30, deadline=None, derandomize=True)
+examples = settings(max_examples=30, derandomize=True)
 SEEDS = st.integers(0, 2**31)
 
 

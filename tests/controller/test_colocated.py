@@ -34,7 +34,7 @@ from async_rl.engines.fake import FakeEngine
 from async_rl.simulate.cluster import simulate
 from async_rl.simulate.virtual_loop import run_virtual
 
-runs = settings(max_examples=60, deadline=None, derandomize=True)
+runs = settings(max_examples=60, derandomize=True)
 
 
 def colocated(schedule: Schedule) -> Schedule:

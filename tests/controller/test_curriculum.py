@@ -18,7 +18,7 @@ PROBLEMS = Rows([{"number": number} for number in range(9)], heldout=0, seed=3)
 CRASHES = st.tuples(st.floats(0, 8), st.sampled_from(["controller", "generator", "learner"]))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 1000), st.lists(CRASHES, max_size=3), st.sampled_from(["mask", "drop", "wait"]))
 def test_every_scored_rollout_counts_once(seed: int, crashes: list[tuple[float, str]], on_stale: str) -> None:
     run = recipe(

@@ -19,7 +19,7 @@ from async_rl.simulate.virtual_loop import run_virtual
 from async_rl.simulate.workload import GroupDraw
 
 OnStale = Literal["mask", "drop", "wait"]
-runs = settings(max_examples=100, deadline=None, derandomize=True)
+runs = settings(max_examples=100, derandomize=True)
 
 
 def lagging_weights(on_stale: OnStale) -> Schedule:

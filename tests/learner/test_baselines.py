@@ -32,7 +32,7 @@ OF_THE_GROUP = [name for name in CRITIC_FREE if name not in OF_THE_BATCH]
 NAN = float("nan")
 REWARD = st.one_of(st.sampled_from([0.0, 1.0, 0.7, NAN]), st.floats(-30, 30, width=32))
 GROUP = st.lists(REWARD, min_size=2, max_size=8)
-exactly = settings(max_examples=30, deadline=None, derandomize=True)
+exactly = settings(max_examples=30, derandomize=True)
 
 
 def rollout(group: int, member: int, reward: float, baseline: dict[int, float] | None = None) -> TrainRollout:

@@ -277,7 +277,7 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 2)), max_size=60))
 def test_any_schedule_conserves_rollouts(virtual: Callable[[Any], Any], schedule: list[tuple[int, int, int]]) -> None:
     """Random events, repeated, late and out of order: the equation holds and every rollout has at most one end."""

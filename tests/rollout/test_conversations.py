@@ -85,14 +85,14 @@ def check_turns(text: TokenizerText, turns: list[tuple[str, list[int], bool]]) -
         messages.append(assistant(text.decode(said)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TURNS)
 def test_a_tiny_conversation_is_one_sequence(turns: list[tuple[str, list[int], bool]]) -> None:
     check_turns(text_of(TINY), turns)
 
 
 def test_a_real_conversation_is_one_sequence(smollm2: TokenizerText) -> None:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(WILD_TURNS)
     def check(turns: list[tuple[str, list[int], bool]]) -> None:
         check_turns(smollm2, [(question.replace("<|im_end|>", ""), said, ends) for question, said, ends in turns])

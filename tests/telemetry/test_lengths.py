@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from async_rl.telemetry.lengths import CohortReport, LengthCohorts
@@ -105,7 +105,6 @@ def test_five_per_cent_are_tolerated(masked: int, biased: bool) -> None:
     assert report.weighted_ratio == pytest.approx(1 - masked / 100) and report.biased is biased
 
 
-@settings(deadline=None)
 @given(lengths_GM, st.integers(1, 60))
 def test_the_distance_of_distributions_is_that_of_the_definition(lengths: list[list[int]], cut: int) -> None:
     submitted = [tokens for group in lengths for tokens in group]

@@ -21,7 +21,7 @@ def payloads(elements: int, width: int, changed: list[int], seed: int) -> tuple[
     return torch.from_numpy(base.reshape(-1)), torch.from_numpy(new.reshape(-1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([1, 2, 4, 8]), st.integers(1, 3 * BLOCK), st.integers(0, 99))
 def test_base_and_delta_give_the_new_bits(data: st.DataObject, width: int, elements: int, seed: int) -> None:
     places = data.draw(st.lists(st.integers(0, elements - 1), max_size=50, unique=True))

@@ -42,7 +42,7 @@ def test_a_manifest_reads_back() -> None:
 HEAD = encode_head(manifest())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, len(HEAD) - 1), st.integers(1, 255))
 def test_a_damaged_head_is_corrupt_or_says_the_same(at: int, flip: int) -> None:
     """Or something that is checked later: other weights, another layout."""
@@ -57,7 +57,7 @@ def test_a_damaged_head_is_corrupt_or_says_the_same(at: int, flip: int) -> None:
     assert same == (wanted.header.checksum, list(wanted.buckets), wanted.start)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, SMALL.nbytes - 1), st.integers(1, 255))
 def test_any_flipped_byte_changes_the_checksum(at: int, flip: int) -> None:
     payload = packed(SMALL, 1)
