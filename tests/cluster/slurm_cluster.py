@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+T = TypeVar("T")
 GPUS = 4
 LOOK_S = 0.1
 """Slurm tells nobody when a job changes: we look."""
@@ -123,11 +126,18 @@ class SlurmCluster:
         return self._wait(now, set(states), f"node {name}", within)
 
     def begin_now(self, job: str) -> None:
-        """A requeued job, which is held back for two minutes. Its former copy has to be gone first."""
+        """A requeued job, which is held back for two minutes. Its former copy has to be gone first: the exit code of
+        its script would be taken for that of the next one."""
+        self._wait(lambda: self._step_daemons(job), {0}, f"the number of step daemons of job {job}", 60)
         self._wait(
             lambda: self._do("squeue", "-h", "-j", job, "-t", "COMPLETING", "-o", "%T").strip(), {""}, f"job {job}", 60
         )
         self._do("scontrol", "update", f"jobid={job}", "starttime=now")
+
+    def _step_daemons(self, job: str) -> int:
+        """They tell Slurm how their step ended before they are gone."""
+        found = [process.info for process in psutil.process_iter(["name", "cmdline"])]
+        return sum(one["name"] == "slurmstepd" and f"[{job}." in " ".join(one["cmdline"] or []) for one in found)
 
     def scancel(self, *arguments: object) -> None:
         self._do("scancel", *arguments)
@@ -192,8 +202,7 @@ class SlurmCluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
-    def _wait(self, now: object, wanted: set[str], what: str, within: float) -> str:
-        assert callable(now)
+    def _wait(self, now: Callable[[], T], wanted: set[T], what: str, within: float) -> T:
         deadline = time.monotonic() + within
         while (found := now()) not in wanted:
             assert time.monotonic() < deadline, f"{what} is {found}, not {wanted}, after {within:.0f} s\n{self.logs()}"
