@@ -153,3 +153,18 @@ def test_failures_among_successes_do_not_end_it(virtual: Virtual) -> None:
 def test_the_limit_is_four_steps_but_never_small() -> None:
     assert recipe().failures_in_a_row == 64
     assert recipe(rollout={"groups_per_step": 64, "group_size": 8}).failures_in_a_row == 2048
+
+
+def test_a_member_that_is_gone_before_it_is_silent_leaves_the_group(virtual: Virtual) -> None:
+    async def main() -> None:
+        wires = await Wires.open(weights={"transport": "process_group"}, controller={"heartbeat_timeout_s": 2.0})
+        alive = asyncio.create_task(beating(wires.generators[0]))
+        groups: list[list[str]] = []
+        async with asyncio.timeout(30):
+            while ["generator-0"] not in groups[1:]:
+                groups += [one.members for one in await wires.learner.receive() if isinstance(one, WeightGroup)]
+        assert groups[-2] == ["generator-0", "generator-1"]
+        alive.cancel()
+        await wires.close()
+
+    virtual(main())
