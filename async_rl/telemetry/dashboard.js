@@ -326,7 +326,7 @@ function drawSamples() {
       const name = lag === null ? "told" : `said lag${Math.min(lag, 4)}`;
       text.append(element("span", { class: name, title: lag === null ? "not sampled" : `version ${version}, lag ${lag}` }, part));
     }
-    const label = element("p", { class: "label" }, element("span", {}, `step ${one.step + 1}, group ${one.group}, member ${one.member}`), element("span", {}, `reward ${short(one.reward)}, ${one.tokens} tokens`));
+    const label = element("p", { class: "label" }, element("span", {}, `step ${one.step + 1}, ${one.group}/${one.member}`), element("span", {}, `reward ${short(one.reward)}, ${one.tokens} tokens`));
     return element("article", { class: "sample" }, label, text);
   }));
   for (const text of place.querySelectorAll("pre")) {
