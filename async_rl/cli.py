@@ -27,7 +27,7 @@ from async_rl.telemetry.exporters import check_exporters
 from async_rl.telemetry.run_directory import RunDirectory, Tell
 
 EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_AGAIN, EXIT_STOPPED = 1, 2, 75, 130
-ROLES = ("controller", "generator", "learner")
+ROLES = ("controller", "generator", "learner", "reward")
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 Launch: TypeAlias = Callable[[Run, RunDirectory, Tell], str]
 """Runs the services to the end; returns "complete", "stopped", or "again" (launch.supervisor.Outcome)."""

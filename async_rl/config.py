@@ -408,6 +408,15 @@ class Rewards(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     unsafe_code: bool = False
     """Run programs of the model without isolation, as ordinary processes of this user: they can read, write and send
     whatever this user can. For a machine that has nothing to lose."""
+    service: str = ""
+    """URL of a reward service, which `async-rl serve reward` starts on another machine; empty: a generator has graders
+    of its own."""
+    service_token_env: str = ""
+    """The environment variable that holds the token of that service, there and here. Never the token itself."""
+    host: str = "127.0.0.1"
+    """Where `async-rl serve reward` listens. Beyond loopback it wants a token."""
+    port: int = 0
+    """0 = any free one."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -119,8 +119,13 @@ def _addresses(run: Run) -> None:
         ("controller.port", run.controller.port),
         ("controller.admin_port", run.controller.admin_port),
         ("weights.relay_port", run.weights.relay_port),
+        ("rewards.port", run.rewards.port),
     ]:
         demand(0 <= value <= 65534, field, value, "write a port from 1 to 65534, or 0 for any free one")
+    service = run.rewards.service
+    demand(
+        not service or service.startswith(("http://", "https://")), "rewards.service", service, "write http://host:port"
+    )
     relay = run.weights.relay_url
     demand(not relay or _is_url(relay, "http"), "weights.relay_url", relay, "write http://host:port")
     elsewhere = run.weights.transport == "http" and relay != ""

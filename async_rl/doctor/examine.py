@@ -19,6 +19,7 @@ from async_rl.doctor.servers import servers
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError
 from async_rl.layout import visible_gpus
+from async_rl.rewards.pool import configure
 from async_rl.telemetry.exporters import check_exporters
 
 HEAVY = ("torch", "transformers")
@@ -88,6 +89,8 @@ def _fits(run: Run, run_directory: Path) -> Generator[Check]:
 def _environment(run: Run) -> Check:
     check_exporters(run)
     environment = find(run.environment)
+    configure(run.rewards)
+    environment.needs()
     tasks = make_tasks(environment, run.environment.options, run.seed)
     heldout = len(tasks.heldout())
     first = str(dict(tasks.train(0)))

@@ -29,6 +29,7 @@ MODULES = {"pyzmq": "zmq"}
 """Where the module is not named after its distribution."""
 EXTRAS = {
     "gguf": "a model directory from a GGUF file",
+    "math": "formulae in rewards.math, environment.name = 'math'",
     "reasoning-gym": "environment.name = 'reasoning_gym'",
     "report": "plots and report.html",
     "tensorboard": "report_to = ['tensorboard']",

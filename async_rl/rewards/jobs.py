@@ -90,9 +90,18 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """What was asked for is wrong or missing here (a UserError)."""
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """What a reward service is asked over HTTP."""
+
+    job: Compare | RunProgram
+    deadline_s: float
+    """From when a grader has the job."""
+
+
 ToChild = Setup | Compare | RunProgram
 FromChild = Ready | Verdict | Refused
 to_child = msgspec.msgpack.Decoder(ToChild)
+asked = msgspec.msgpack.Decoder(Asked)
 from_child = msgspec.msgpack.Decoder(FromChild)
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from async_rl.errors import GradingFailed, require
-from async_rl.rewards import answers, symbolic
+from async_rl.rewards import answers, client, symbolic
 from async_rl.rewards.equality import same
 from async_rl.rewards.grade import Grade
 from async_rl.rewards.jobs import Compare
@@ -53,7 +53,8 @@ async def math(
     undecided = [one for one, verdict in verdicts.items() if verdict is None]
     if not undecided or not symbolic:
         return Grade(0.0, "different", said)
-    require_math()
+    if not settings().service:
+        require_math()
     try:
         verdict = await pool("math").grade(Compare(said, undecided), deadline_s=settings().deadline_s)
     except GradingFailed as failure:
@@ -64,6 +65,10 @@ async def math(
 
 
 def require_math() -> None:
-    """For `needs` of an environment. Raises MissingExtra where math-verify is not installed."""
+    """For `needs` of an environment. Raises MissingExtra where math-verify is not installed; UserError where the reward
+    service that the recipe names does not have it."""
+    if settings().service:
+        client.require(settings(), "math")
+        return
     if find_spec(symbolic.MODULE) is None:
         require(symbolic.MODULE, symbolic.EXTRA, "comparing formulae")

@@ -16,10 +16,12 @@ import os
 import signal
 import socket
 import sys
-from typing import NoReturn
+from collections.abc import Awaitable, Callable
+from typing import NoReturn, Protocol
 
 from async_rl.config import Rewards
 from async_rl.errors import GradingFailed, UserError
+from async_rl.rewards.client import Client
 from async_rl.rewards.jobs import (
     HEADER,
     Compare,
@@ -43,7 +45,7 @@ JOBS = 2_000
 """A process that has done so many makes room for a new one: sympy remembers a lot."""
 
 _settings = Rewards()
-_pools: dict[tuple[asyncio.AbstractEventLoop, Kind], Pool] = {}
+_pools: dict[tuple[asyncio.AbstractEventLoop, Kind], Graders] = {}
 
 
 def configure(settings: Rewards) -> None:
@@ -56,16 +58,44 @@ def settings() -> Rewards:
     return _settings
 
 
-def pool(kind: Kind) -> Pool:
-    """The pool of the running loop."""
+class Graders(Protocol):
+    async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
+        """
+        Args:
+            deadline_s: from when a process has the job.
+
+        Raises:
+            GradingFailed: no verdict; the process hung, died, or could not be set up.
+            UserError: something is missing there, or the job makes no sense.
+        """
+        ...
+
+
+def pool(kind: Kind) -> Graders:
+    """Of the running loop."""
     key = asyncio.get_running_loop(), kind
     if key not in _pools:
-        _pools[key] = Pool(kind, _settings)
+        _pools[key] = RemotePool(kind, _settings) if _settings.service else Pool(kind, _settings)
     return _pools[key]
 
 
+class RemotePool:
+    """A reward service. Made by `pool`."""
+
+    def __init__(self, kind: Kind, settings: Rewards) -> None:
+        self._kind: Kind = kind
+        self._client = Client(settings)
+        self._keeper = asyncio.create_task(_keep(kind, self._client.close), name=f"{kind} service")
+
+    async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
+        answer = await self._client.grade(self._kind, job, deadline_s)
+        if isinstance(answer, Verdict):
+            return answer
+        _refuse(answer)
+
+
 class Pool:
-    """Made by `pool`."""
+    """Processes on this machine. Made by `pool`."""
 
     def __init__(self, kind: Kind, settings: Rewards) -> None:
         self._kind: Kind = kind
@@ -73,14 +103,9 @@ class Pool:
         self._room = asyncio.Semaphore(settings.workers)
         self._processes: set[_Process] = set()
         self._free: list[_Process] = []
-        self._keeper = asyncio.create_task(self._keep(), name=f"{kind} graders")
+        self._keeper = asyncio.create_task(_keep(kind, self._close), name=f"{kind} graders")
 
     async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
-        """
-        Raises:
-            GradingFailed: no verdict; the process hung, died, or could not be set up.
-            UserError: something is missing on this machine, or the job makes no sense.
-        """
         async with self._room:
             process = self._free.pop() if self._free else await self._start()
             done = False
@@ -122,14 +147,18 @@ class Pool:
             _refuse(answer)
         return process
 
-    async def _keep(self) -> None:
-        """Until the loop ends, which cancels this."""
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            _pools.pop((asyncio.get_running_loop(), self._kind), None)
-            free, busy = self._free, self._processes.difference(self._free)
-            await asyncio.gather(*(process.leave() for process in free), *(process.end() for process in busy))
+    async def _close(self) -> None:
+        free, busy = self._free, self._processes.difference(self._free)
+        await asyncio.gather(*(process.leave() for process in free), *(process.end() for process in busy))
+
+
+async def _keep(kind: Kind, close: Callable[[], Awaitable[None]]) -> None:
+    """Until the loop ends, which cancels this."""
+    try:
+        await asyncio.get_running_loop().create_future()
+    finally:
+        _pools.pop((asyncio.get_running_loop(), kind), None)
+        await close()
 
 
 class _Process:

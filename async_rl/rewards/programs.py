@@ -11,6 +11,7 @@ import msgspec
 
 from async_rl.errors import GradingFailed, UserError
 from async_rl.rewards import answers
+from async_rl.rewards.client import require
 from async_rl.rewards.grade import Grade
 from async_rl.rewards.jobs import CHECK, Case, RunProgram
 from async_rl.rewards.mathematics import OnFailure
@@ -73,6 +74,9 @@ def require_code() -> None:
     Raises:
         UserError: they cannot; says what is missing.
     """
+    if settings().service:
+        require(settings(), "code")
+        return
     command = [sys.executable, "-m", "async_rl.rewards.worker", CHECK]
     found = subprocess.run(command, input=msgspec.json.encode(settings()), capture_output=True, timeout=SETUP_S)
     if found.returncode:

@@ -20,7 +20,7 @@ from async_rl.rewards import grading
 from async_rl.rewards.jobs import Case, RunProgram, Verdict
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
-SETTINGS = config.Rewards(workers=3, program_memory_mb=192, program_processes=24)
+SETTINGS = config.Rewards(workers=4, program_memory_mb=192, program_processes=24)
 SECONDS = 0.05
 """A second of CPU and 1.15 of the clock, for programs that never end."""
 

@@ -22,7 +22,9 @@ def prctl(option: int, value: int) -> None:
 
 
 def guard() -> None:
-    """Of the examiner: its memory is not for others of the same user, and orphans become its children."""
+    """Of the examiner: its memory is not for others of the same user, it ends with whoever started it, and orphans
+    become its children."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
