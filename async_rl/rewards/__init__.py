@@ -13,6 +13,7 @@ from async_rl.algorithms.length_reward import add_length_reward as length
 from async_rl.errors import GradingFailed
 from async_rl.rewards.combine import combine
 from async_rl.rewards.grade import Grade
+from async_rl.rewards.judge import Judge
 from async_rl.rewards.mathematics import math, require_math
 from async_rl.rewards.pool import configure
 from async_rl.rewards.programs import code, require_code
@@ -21,6 +22,7 @@ from async_rl.rewards.text import format, language, overlong, repetition
 __all__ = [
     "Grade",
     "GradingFailed",
+    "Judge",
     "code",
     "combine",
     "configure",

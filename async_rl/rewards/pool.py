@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
 from typing import NoReturn, Protocol
 
 from async_rl.config import Rewards
@@ -36,6 +35,7 @@ from async_rl.rewards.jobs import (
     frame,
     from_child,
 )
+from async_rl.rewards.lifetime import until_the_loop_ends
 
 START_S = 120.0
 """For a process to import what it needs: half a second, on a machine that has nothing else to do."""
@@ -85,13 +85,17 @@ class RemotePool:
     def __init__(self, kind: Kind, settings: Rewards) -> None:
         self._kind: Kind = kind
         self._client = Client(settings)
-        self._keeper = asyncio.create_task(_keep(kind, self._client.close), name=f"{kind} service")
+        self._keeper = until_the_loop_ends(self._close, f"{kind} service")
 
     async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
         answer = await self._client.grade(self._kind, job, deadline_s)
         if isinstance(answer, Verdict):
             return answer
         _refuse(answer)
+
+    async def _close(self) -> None:
+        _pools.pop((asyncio.get_running_loop(), self._kind), None)
+        await self._client.close()
 
 
 class Pool:
@@ -103,7 +107,7 @@ class Pool:
         self._room = asyncio.Semaphore(settings.workers)
         self._processes: set[_Process] = set()
         self._free: list[_Process] = []
-        self._keeper = asyncio.create_task(_keep(kind, self._close), name=f"{kind} graders")
+        self._keeper = until_the_loop_ends(self._close, f"{kind} graders")
 
     async def grade(self, job: Compare | RunProgram, *, deadline_s: float) -> Verdict:
         async with self._room:
@@ -148,17 +152,9 @@ class Pool:
         return process
 
     async def _close(self) -> None:
+        _pools.pop((asyncio.get_running_loop(), self._kind), None)
         free, busy = self._free, self._processes.difference(self._free)
         await asyncio.gather(*(process.leave() for process in free), *(process.end() for process in busy))
-
-
-async def _keep(kind: Kind, close: Callable[[], Awaitable[None]]) -> None:
-    """Until the loop ends, which cancels this."""
-    try:
-        await asyncio.get_running_loop().create_future()
-    finally:
-        _pools.pop((asyncio.get_running_loop(), kind), None)
-        await close()
 
 
 class _Process:

@@ -81,7 +81,11 @@ class Sandbox:
             known = subprocess.run([self._bwrap, "--help"], capture_output=True, text=True).stdout
             self._options = ["--disable-userns"] if "--disable-userns" in known else []
         self.cgroup = self._cgroup() if self.contained else None
-        self._python, self._examiner = self._find_python()
+        try:
+            self._python, self._examiner = self._find_python()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, program: str, *, cpu_s: int, wall_s: float) -> Conversation:
         """The examiner with a program, ready to be asked.

@@ -61,8 +61,8 @@ class Problems:
         if heldout and heldout_data:
             raise ValueError(f"heldout = {heldout}: write 0, or leave heldout_data out")
         self._solution, self._template, self._system, self._field = solution, template, system, prompt_field
-        rows = [row.value for row in self._read(data)]
-        others = self._read(heldout_data) if heldout_data else []
+        rows = [row.value for row in self._read("data", data)]
+        others = self._read("heldout_data", heldout_data) if heldout_data else []
         for row in others:
             if row.value in rows:
                 raise ValueError(f"{row} is a problem of data = {data!r} too; leave it out of one of them")
@@ -95,7 +95,9 @@ class Problems:
             log.warning("%d of %d problems nearly repeat a held-out one and are left out", left_out, len(rows))
         return kept
 
-    def _read(self, path: str) -> list[Row[dict[str, Any]]]:
+    def _read(self, option: str, path: str) -> list[Row[dict[str, Any]]]:
+        if not Path(path).is_file():
+            raise ValueError(f"{option} = {path!r}: there is no such file; write its path, relative to the recipe")
         return read(Path(path), self._task)
 
     def _task(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def test_a_wrong_line_is_named(write: Any, name: str, row: Any, message: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "nowhere.jsonl"}, "nowhere.jsonl: No such file"),
+        ({"data": "nowhere.jsonl"}, "data = 'nowhere.jsonl': there is no such file"),
+        ({"heldout_data": "nowhere.jsonl"}, "heldout_data = 'nowhere.jsonl': there is no such file"),
         ({"heldout": 10}, "heldout = 10: write 0 to 9"),
         ({"heldout": 1, "heldout_data": "x"}, "heldout = 1: write 0, or leave heldout_data out"),
         ({"template": "Solve it."}, "template = 'Solve it.': write {prompt}"),

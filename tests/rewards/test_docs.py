@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from judges import endpoint
 
 from async_rl import config, recipes, rewards
-from async_rl.environments.api import find, make_tasks
+from async_rl.environments.api import Reward, find, make_tasks
 from async_rl.tasks.source import train_task
 from async_rl.wire.messages import Task
 
@@ -25,6 +26,7 @@ class Says:
 
     def __init__(self, text: str) -> None:
         self.text, self.tokens, self.finish_reason = text, (1, 2, 3), "eos"
+        self.content = text
 
     async def chat(self, messages: Any, *, max_new_tokens: int | None = None) -> Says:
         return self
@@ -58,6 +60,16 @@ def test_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         return [await found["programs"](Task("t", row), Says(right[row["prompt"]])) for row in (functions, script)]
 
     assert asyncio.run(both()) == [1.0, 1.0]
+
+
+def test_the_judge() -> None:
+    async def judged() -> Reward:
+        async with endpoint(lambda asked: '{"score": 8}' if "Blue light" in asked else "") as (url, _):
+            episode = names(EXAMPLES[2].replace("http://127.0.0.1:8000/v1", url))["explained"]
+            task = Task("t", {"prompt": "Why is the sky blue?", "answer": "Rayleigh"})
+            return await episode(task, Says("Blue light is scattered most."))
+
+    assert asyncio.run(judged()).parts == {"judge": 0.8, "language": 1.0}
 
 
 def test_the_recipe_without_python(tmp_path: Path) -> None:

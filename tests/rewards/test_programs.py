@@ -200,6 +200,13 @@ def test_a_python_that_does_not_run_is_named(tmp_path: Path) -> None:
         sandbox.check(config.Rewards(unsafe_code=True, python="/bin/false"))
 
 
+def test_a_machine_that_is_refused_keeps_no_control_group(bwrap: str) -> None:
+    assert bwrap
+    with pytest.raises(UserError, match=r"rewards.python = '/bin/false'"):
+        sandbox.check(config.Rewards(python="/bin/false"))
+    assert not list(cgroups.ROOT.glob(f"*/{cgroups.PREFIX}{os.getpid()}"))
+
+
 def test_a_sandbox_that_does_not_come_up_is_tried_again_and_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     grader = grading.ProgramGrader(config.Rewards(unsafe_code=True))
     job, start, failures = RunProgram("print(1)", 2, [Case("", "1")]), sandbox.Sandbox.start, [SetupFailed("EAGAIN")]
