@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from async_rl import config, recipes
-from async_rl.config import Run, TinyModel
+from async_rl.config import Rewards, Run, TinyModel
 from async_rl.doctor import check as check_module
 from async_rl.doctor import machine
 from async_rl.doctor.check import Check, line
@@ -394,6 +394,14 @@ def test_addresses_of_weights_and_servers() -> None:
     (wrong,) = found("generator.engine=sglang", "generator.sglang.host=203.0.113.5")
     assert wrong[0] == "FAIL" and wrong[1].startswith("generator.sglang.host = '203.0.113.5': cannot listen there")
     assert found("generator={engine='sglang', sglang={host='203.0.113.5', load_by='disk'}}") == []
+
+
+def test_programs() -> None:
+    unsafe = machine.programs(Rewards(unsafe_code=True))
+    assert unsafe.status == "ok" and unsafe.detail.startswith("programs of a model (rewards.code) run by ")
+    assert "without isolation" in unsafe.detail
+    broken = machine.programs(Rewards(python="/bin/false"))
+    assert broken.status == "warn" and "rewards.python = '/bin/false'" in broken.detail
 
 
 def test_syncing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from async_rl.config import Run
+from async_rl.config import Rewards, Run
 from async_rl.doctor import machine
 from async_rl.doctor.check import Check
 from async_rl.doctor.diagnosis import Observations, diagnose
@@ -43,6 +43,7 @@ def examine(run: Run | None, run_directory: Path, *, attached: bool = False) -> 
     yield machine.descriptors()
     yield from machine.ports(run)
     yield machine.syncing(run_directory)
+    yield machine.programs(run.rewards if run is not None else Rewards())
     broken = [check.name for check in software if check.status == "FAIL" and check.name in HEAVY]
     if broken:
         return

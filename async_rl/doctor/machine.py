@@ -17,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from async_rl.config import Controller, Run
+from async_rl.config import Controller, Rewards, Run
 from async_rl.doctor.check import Check
 from async_rl.errors import UserError
 from async_rl.layout import GPUS, lay_out
 from async_rl.listening import listen
+from async_rl.rewards.programs import describe_sandbox
 from async_rl.units import size
 
 DISTRIBUTION = "async-rl"
@@ -80,6 +81,14 @@ def cores(run: Run | None) -> Check:
     told = f"OMP_NUM_THREADS = {threads}" if given.isdigit() else "one thread each unless OMP_NUM_THREADS is set"
     crowded = "; they take turns" if processes > count else ""
     return Check("cores", "ok", f"{found}, {told}{advice}{crowded}")
+
+
+def programs(settings: Rewards) -> Check:
+    """Whether programs of a model could be graded here; a recipe whose environment needs it says so on its own."""
+    try:
+        return Check("programs", "ok", f"programs of a model (rewards.code) run by {describe_sandbox(settings)}")
+    except UserError as error:
+        return Check("programs", "warn", str(error))
 
 
 def gpus() -> list[Check]:

@@ -16,6 +16,8 @@ PREFIX = "async_rl."
 
 
 class Cgroup(Protocol):
+    version: int
+
     def join(self) -> None:
         """The calling process, and all it starts."""
         ...
@@ -45,6 +47,8 @@ def make(memory: int, processes: int, root: Path = ROOT) -> Cgroup | None:
 
 class _One:
     """Version 1: a hierarchy per controller."""
+
+    version = 1
 
     def __init__(self, memory: Path, pids: Path) -> None:
         self._memory, self._pids = memory, pids
@@ -82,6 +86,8 @@ class _One:
 class _Two:
     """Version 2: one hierarchy. Processes and controllers for children exclude each other in a group that is not the
     root, hence the group beside ours."""
+
+    version = 2
 
     def __init__(self, path: Path) -> None:
         self._path = path

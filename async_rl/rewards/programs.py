@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
+from async_rl.config import Rewards
 from async_rl.errors import GradingFailed, UserError
 from async_rl.rewards import answers
 from async_rl.rewards.client import require
@@ -76,12 +77,22 @@ def require_code() -> None:
     """
     if settings().service:
         require(settings(), "code")
-        return
+    else:
+        describe_sandbox(settings())
+
+
+def describe_sandbox(settings: Rewards) -> str:
+    """What programs of the model run in on this machine, in words. Looked at by a process of its own, as graders are.
+
+    Raises:
+        UserError: they cannot run, or not isolated.
+    """
     command = [sys.executable, "-m", "async_rl.rewards.worker", CHECK]
-    found = subprocess.run(command, input=msgspec.json.encode(settings()), capture_output=True, timeout=SETUP_S)
+    found = subprocess.run(command, input=msgspec.json.encode(settings), capture_output=True, timeout=SETUP_S)
+    said = (found.stderr if found.returncode else found.stdout).decode(errors="replace").strip().splitlines()
     if found.returncode:
-        lines = found.stderr.decode(errors="replace").strip().splitlines()
-        raise UserError(lines[-1] if lines else f"a grader left with exit code {found.returncode}")
+        raise UserError(said[-1] if said else f"a grader left with exit code {found.returncode}")
+    return said[-1]
 
 
 def read_tests(tests: Any) -> tuple[list[Case], list[str]]:

@@ -118,6 +118,13 @@ class Sandbox:
             raise SetupFailed(f"it is not confined: {ready}")
         return talk
 
+    @property
+    def description(self) -> str:
+        if not self.contained:
+            return f"{self._python} without isolation (rewards.unsafe_code)"
+        limits = "limits of each process" if self.cgroup is None else f"control group version {self.cgroup.version}"
+        return f"{self._python} in bubblewrap, under seccomp, with {limits}"
+
     def close(self) -> None:
         if self.cgroup is not None:
             self.cgroup.remove()
@@ -188,9 +195,11 @@ class Sandbox:
         return others + self._settings.program_processes + 8
 
 
-def check(settings: Rewards) -> None:
-    """Raises UserError where programs of the model cannot run under these settings, or not isolated."""
-    Sandbox(settings).close()
+def check(settings: Rewards) -> str:
+    """What programs of the model run in here. Raises UserError where they cannot run, or not isolated."""
+    found = Sandbox(settings)
+    found.close()
+    return found.description
 
 
 def _bwrap() -> str:

@@ -30,7 +30,7 @@ def check() -> int:
     from async_rl.rewards import sandbox
 
     try:
-        sandbox.check(msgspec.json.decode(sys.stdin.buffer.read(), type=Rewards))
+        print(sandbox.check(msgspec.json.decode(sys.stdin.buffer.read(), type=Rewards)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
