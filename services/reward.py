@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 
 import msgspec
 from async_rl.launch.child import Parent, ServeOptions
@@ -31,9 +30,7 @@ async def _serve(settings: config.Rewards, parent: Parent) -> None:
     service = Service(settings, {kind: _grade(kind) for kind in kinds if kind not in missing}, missing)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    parent.on_stop(lambda: loop.call_soon_threadsafe(stopped.set))
+    parent.on_stop(lambda within_s: loop.call_soon_threadsafe(stopped.set))
     await service.start()
     try:
         parent.ready({"url": service.url, "missing": missing})

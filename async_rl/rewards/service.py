@@ -19,7 +19,7 @@ from aiohttp import web
 
 from async_rl.config import Rewards
 from async_rl.errors import GradingFailed, UserError
-from async_rl.listening import LOOPBACK, listen
+from async_rl.listening import bracketed, is_loopback, listen
 from async_rl.rewards.client import token_of
 from async_rl.rewards.jobs import MAX_FRAME, Asked, Compare, FromChild, Kind, Refused, RunProgram, Verdict, asked
 
@@ -50,7 +50,7 @@ class Service:
     async def start(self) -> None:
         """Raises UserError: the address is not ours, the port is taken, or others reach it and there is no token."""
         host = self._settings.host
-        if host not in LOOPBACK and not self._token:
+        if not is_loopback(host) and not self._token:
             raise UserError(
                 f"rewards.host = {host!r}: whoever reaches it could run programs there; set rewards.service_token_env "
                 "to the name of an environment variable that holds a token"
@@ -62,7 +62,7 @@ class Service:
         await self._runner.setup()
         await web.SockSite(self._runner, listener).start()
         address, port, *_ = self._runner.addresses[0]
-        self.url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        self.url = f"http://{bracketed(address)}:{port}"
 
     async def close(self) -> None:
         await self._runner.cleanup()
