@@ -9,7 +9,6 @@ import ctypes
 import ctypes.util
 import json
 import os
-import shutil
 import sys
 import tempfile
 import traceback
@@ -37,14 +36,6 @@ def run() -> Iterator[Run]:
     with asyncio.Runner() as runner:
         yield runner.run
     rewards.configure(config.Rewards())
-
-
-@pytest.fixture
-def bwrap() -> str:
-    found = shutil.which("bwrap")
-    if found is None:
-        pytest.skip("bubblewrap is not installed")
-    return found
 
 
 def grade(program: str, tests: Any, **options: Any) -> Coroutine[Any, Any, rewards.Grade]:

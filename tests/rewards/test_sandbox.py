@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -26,9 +25,8 @@ SECONDS = 0.05
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed")
+def run(bwrap: str) -> Iterator[Run]:
+    assert bwrap
     rewards.configure(SETTINGS)
     with asyncio.Runner() as runner:
         yield runner.run
