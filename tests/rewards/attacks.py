@@ -149,7 +149,7 @@ EXHAUSTS = {
     ),
     "memory that is a file": (
         "import os\nfds = []\nwhile True:\n fds.append(os.memfd_create('x')); os.write(fds[-1], b'x' * (7 << 20))",
-        {"memory", "exit code 1"},
+        {"memory", "exit code 1", "time"},
     ),
     "a fork bomb": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", {"time", "processes"}),
     "a thousand children": (
