@@ -35,7 +35,8 @@ def run() -> Iterator[Run]:
 
 
 def graders() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "async_rl.rewards.worker" in child.cmdline()]
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if "async_rl.rewards.worker" in child.cmdline()]
 
 
 VERDICTS = [
