@@ -26,7 +26,7 @@ from async_rl.rewards.programs import describe_sandbox
 from async_rl.units import size
 
 DISTRIBUTION = "async-rl"
-MODULES = {"pyzmq": "zmq"}
+MODULES = {"prometheus-client": "prometheus_client", "pyzmq": "zmq"}
 """Where the module is not named after its distribution."""
 EXTRAS = {
     "gguf": "a model directory from a GGUF file",
