@@ -22,11 +22,11 @@ from async_rl import recipes
 from async_rl.config import Run
 from async_rl.environments.api import find, make_tasks
 from async_rl.errors import AsyncRLError, LedgerCorrupt, UserError
+from async_rl.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT
 from async_rl.tasks.curriculum import make_curriculum
 from async_rl.telemetry.exporters import check_exporters
 from async_rl.telemetry.run_directory import RunDirectory, Tell
 
-EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_AGAIN, EXIT_STOPPED = 1, 2, 75, 130
 ROLES = ("controller", "generator", "learner", "reward")
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 Launch: TypeAlias = Callable[[Run, RunDirectory, Tell], str]

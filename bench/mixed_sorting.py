@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from async_rl import Policy, Reward, Rows, Task, environment
-from async_rl.environments.sorting import distance
+from async_rl import Rows, environment
+from async_rl.environments.sorting import sorting
 
 SHARES = {2: 0.8, 3: 0.15, 4: 0.05}
 """digits -> share of the problems"""
@@ -20,10 +20,12 @@ class MixedSortingTasks:
         draw = random.Random(f"mixed/{seed}")
         texts = {n: ["".join(draw.choices("0123456789", k=n)) for _ in range(problems + heldout)] for n in SHARES}
         kept = {n: list(dict.fromkeys(texts[n])) for n in SHARES}
-        self._heldout = [{"digits": text} for n in SHARES for text in kept[n][: heldout if n > 2 else 20]]
+        self._heldout = [
+            {"digits": text, "reward": "distance"} for n in SHARES for text in kept[n][: heldout if n > 2 else 20]
+        ]
         shown = {row["digits"] for row in self._heldout}
         rows = [
-            {"digits": text, "difficulty": (n - 2) / 2}
+            {"digits": text, "reward": "distance", "difficulty": (n - 2) / 2}
             for n, share in SHARES.items()
             for text in [text for text in texts[n] if text not in shown][: round(share * problems)]
         ]
@@ -34,10 +36,4 @@ class MixedSortingTasks:
         return self._heldout
 
 
-@environment("mixed_sorting", tasks=MixedSortingTasks)
-async def mixed_sorting(task: Task, policy: Policy) -> Reward:
-    digits: str = task["digits"]
-    reply = await policy.chat([{"role": "user", "content": f"{digits}="}], max_new_tokens=len(digits))
-    prompt = [int(digit) for digit in digits]
-    response = [int(character) if character.isdigit() else -1 for character in reply.text]
-    return Reward(distance(prompt, response) / len(prompt), {}, {"exact": float(response == sorted(prompt))})
+environment("mixed_sorting", tasks=MixedSortingTasks)(sorting)

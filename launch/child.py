@@ -28,9 +28,6 @@ from async_rl.run_secrets import ClientKeys, Role, RunSecrets
 
 PIPE_VARIABLE = "ASYNC_RL_PARENT_FD"
 PR_SET_PDEATHSIG = 1
-EXIT_AGAIN = 75
-"""Whoever started this service should start it again: the controller had given up on it or is a new one, or code of the
-environment blocks it."""
 STOP_VARIABLE, STOP_BY_HAND_S = "ASYNC_RL_STOP_S", 20.0
 """How long the controller may take for the last checkpoint when nobody is there to say it, and what says otherwise."""
 OBEYED_BY_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

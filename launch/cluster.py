@@ -24,13 +24,14 @@ from async_rl.launch.supervisor import Outcome, Supervisor, Watch
 from async_rl import cli, recipes
 from async_rl.config import Run
 from async_rl.errors import AsyncRLError, UserError
+from async_rl.exit_codes import EXIT_AGAIN, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT
 from async_rl.layout import visible_gpus
 from async_rl.listening import LOOPBACK
 from async_rl.telemetry.run_directory import RunDirectory
 
 DEFAULT_PORT = 29400
 PATIENCE_S = 300.0
-EXIT_CODES: dict[Outcome, int] = {"complete": 0, "again": cli.EXIT_AGAIN, "stopped": cli.EXIT_STOPPED}
+EXIT_CODES: dict[Outcome, int] = {"complete": 0, "again": EXIT_AGAIN, "stopped": EXIT_STOPPED}
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def _head(
             try:
                 outcome = await head.supervisor.run()
             except AsyncRLError as error:
-                code = cli.EXIT_WRONG_INPUT if isinstance(error, UserError) else cli.EXIT_FAILED
+                code = EXIT_WRONG_INPUT if isinstance(error, UserError) else EXIT_FAILED
                 await head.over(Over(code, "the run has failed: node 0 says why"))
                 raise
             await head.over(Over(EXIT_CODES[outcome]))

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import aiohttp
 import msgspec
-from async_rl.launch.child import EXIT_AGAIN
 from async_rl.launch.interface import sockets_of
 from async_rl.launch.link import (
     HEARTBEAT_S,
@@ -34,11 +33,11 @@ from async_rl.launch.process import Here, Process
 from async_rl.launch.supervisor import STOP_TIMEOUT_S, ServiceFailed
 
 from async_rl.errors import AsyncRLError, UserError
+from async_rl.exit_codes import EXIT_AGAIN, EXIT_STOPPED
 from async_rl.telemetry.run_directory import RunDirectory
 
 KNOCK_S = 1.0
 """Between two knocks at a head that is not there: nothing tells us when a machine elsewhere begins to listen."""
-EXIT_STOPPED = 130
 
 
 class Ended(Exception):

@@ -13,6 +13,7 @@ from async_rl.controller import admin
 from async_rl.controller.admin_access import Access
 from async_rl.controller.controller import Controller
 from async_rl.environments.api import find, make_tasks
+from async_rl.exit_codes import EXIT_STOPPED
 from async_rl.ledger.integrity import naming
 from async_rl.ledger.ledger import Ledger
 from async_rl.ledger.store import DATA, LmdbStore
@@ -23,9 +24,6 @@ from async_rl.telemetry.files import write_json
 from async_rl.telemetry.run_directory import DirectoryJournal, RunDirectory
 from async_rl.wire.codec import rollout_stream, training_stream
 from async_rl.wire.zeromq import ZmqServer
-
-EXIT_STOPPED = 130
-"""The run is not complete: started again, it continues."""
 
 
 def main(run: config.Run, options: ServeOptions, parent: Parent) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from async_rl.launch.child import EXIT_AGAIN, Parent, ServeOptions
+from async_rl.launch.child import Parent, ServeOptions
 
 from async_rl import config
 from async_rl.engines.make import make_engine
 from async_rl.environments.api import find
+from async_rl.exit_codes import EXIT_AGAIN
 from async_rl.models.loading import load_config, load_stop_tokens, load_tokenizer
 from async_rl.models.precision import settle
 from async_rl.rewards.pool import configure

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from async_rl.launch.child import EXIT_AGAIN, Parent, ServeOptions
+from async_rl.launch.child import Parent, ServeOptions
 
 from async_rl import config
+from async_rl.exit_codes import EXIT_AGAIN
 from async_rl.learner.service import LearnerService
 from async_rl.learner.trainer import Learner
 from async_rl.models.precision import settle

@@ -492,8 +492,7 @@ class Ledger:
             for state in group.states:
                 if not state.terminal:
                     self.live[state] += 1
-        for key, value in self._store.scan(b"problem/"):
-            self.problems[int(key.rpartition(b"/")[2], 16)] = records.decode(key, value, ProblemRecord)
+        self.problems = load_problems(self._store)
         for key, value in self._store.scan(b"step/"):
             record = records.decode(key, value, StepRecord)
             if record.step >= self.run.checkpoint:
@@ -509,6 +508,12 @@ class Ledger:
 def load_run(store: Reader) -> RunRecord:
     value = store.get(records.RUN)
     return RunRecord() if value is None else records.decode(records.RUN, value, RunRecord)
+
+
+def load_problems(store: Reader) -> dict[int, ProblemRecord]:
+    """Problem -> its record, of those of a curriculum that were tried."""
+    found = store.scan(b"problem/")
+    return {int(key.rpartition(b"/")[2], 16): records.decode(key, value, ProblemRecord) for key, value in found}
 
 
 def _nobody_listens(group: Group, members: Sequence[int], event: TerminalEvent, reason: str) -> None:

@@ -10,11 +10,10 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -25,8 +24,8 @@ from async_rl.environments.api import find as find_environment
 from async_rl.environments.api import make_tasks
 from async_rl.errors import UserError
 from async_rl.ledger import inspection, records
-from async_rl.ledger.ledger import load_run
-from async_rl.ledger.records import EventRecord, GroupRecord, ProblemRecord, RunRecord, StepRecord
+from async_rl.ledger.ledger import load_problems, load_run
+from async_rl.ledger.records import EventRecord, GroupRecord, RunRecord, StepRecord
 from async_rl.ledger.states import State
 from async_rl.ledger.store import Reader, Snapshot, snapshot
 from async_rl.staleness.guard import measure
@@ -53,6 +52,7 @@ from async_rl.telemetry.pages import (
     ranges,
 )
 from async_rl.telemetry.run_directory import RunDirectory
+from async_rl.telemetry.token_text import Decode, cut
 from async_rl.wire import messages
 from async_rl.wire.messages import RolloutResult, Task, VersionSpan
 
@@ -60,8 +60,6 @@ LAST = -1
 """As the version of an evaluation: the newest."""
 PIPE_WIDTH = 10_000
 """Tables in a pipe are not folded."""
-
-Decode: TypeAlias = Callable[[Sequence[int]], str]
 
 
 def show(page: Page, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -330,11 +328,7 @@ def _problems(store: Reader, run: Run, count: int) -> ProblemsPage:
         raise UserError(f"--problems {count}: write 1 or more")
     if run.curriculum.sampling == "uniform":
         raise UserError("--problems: this run has no curriculum, so nobody counts how often a problem is solved")
-    known = [
-        (record.rate, int(key.rpartition(b"/")[2], 16), record.rollouts)
-        for key, value in store.scan(b"problem/")
-        for record in [records.decode(key, value, ProblemRecord)]
-    ]
+    known = [(record.rate, number, record.rollouts) for number, record in load_problems(store).items()]
     try:
         source = make_tasks(find_environment(run.environment), run.environment.options, run.seed)
     except UserError:  # it has moved, or needs what is not installed here
@@ -395,8 +389,7 @@ def _rollout(
 
 
 def _sequence_text(sequence: messages.Sequence, decode: Decode, version: int | None, bound: int | None) -> SequenceText:
-    """The text, cut where the origin of its tokens changes. A character whose tokens have two origins belongs to the
-    second: it is complete only there."""
+    """The text, cut where the origin of its tokens changes."""
     tokens: list[int] = np.frombuffer(sequence.tokens, "<i4").tolist()
     origins: list[VersionSpan] = []
     position = sequence.spans[0].start
@@ -407,15 +400,14 @@ def _sequence_text(sequence: messages.Sequence, decode: Decode, version: int | N
         position = span.end
     if position < len(tokens):
         origins.append(VersionSpan(position, len(tokens), -1, -1))
-    text = decode(tokens)
-    cuts = [len(decode(tokens[: origin.start]).rstrip("\ufffd")) for origin in origins]  # half a character is U+FFFD
+    prompt, *texts = cut(decode, tokens, [origin.start for origin in origins])
     pieces: list[Piece] = []
-    for origin, (start, end) in zip(origins, pairwise([*cuts, len(text)]), strict=True):
+    for origin, text in zip(origins, texts, strict=True):
         lag = None if version is None or origin.version < 0 else max(0, version - origin.version)
         masked = lag is not None and bound is not None and lag > bound
-        piece = Piece(text[start:end], origin.start, origin.end, origin.version, origin.kv_version, lag, masked)
+        piece = Piece(text, origin.start, origin.end, origin.version, origin.kv_version, lag, masked)
         pieces.append(piece)
-    return SequenceText(text[: cuts[0]], origins[0].start, pieces)
+    return SequenceText(prompt, origins[0].start, pieces)
 
 
 def _sampled_tokens(result: RolloutResult) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from async_rl.config import Model
 from async_rl.errors import UserError
@@ -37,6 +36,8 @@ def load_decoder(model: Model) -> Decode:
     if model.tiny is not None:
         tokens = tiny_tokens(model.tiny)
         return lambda ids: "".join(tokens[one] for one in ids)
+    from tokenizers import Tokenizer  # a fifth of a second: only where there is text to read
+
     path = Path(model.path) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from schedules import Fault, Schedule, play, recipe
 
 from async_rl.ledger import inspection, records
-from async_rl.ledger.records import ProblemRecord
+from async_rl.ledger.ledger import load_problems
 from async_rl.ledger.states import State
 from async_rl.simulate.virtual_loop import run_virtual
 from async_rl.tasks.source import Rows
@@ -29,10 +29,7 @@ def test_every_scored_rollout_counts_once(seed: int, crashes: list[tuple[float, 
     faults = tuple(Fault(at, kind) for at, kind in crashes)  # type: ignore[arg-type]
     world = run_virtual(play(Schedule(run, seed=seed, failing=0.1, faults=faults, tasks=PROBLEMS)))
     assert inspection.holds(world.report())
-    kept = {
-        int(key.rpartition(b"/")[2], 16): records.decode(key, value, ProblemRecord)
-        for key, value in world.store.scan(b"problem/")
-    }
+    kept = load_problems(world.store)
     ended = Counter(event if event != "cancelled" else reason for event, reason in world.store.ended.values())
     scored = ended["trained"] + ended["filtered"] + ended["group_too_small"]
     counted = sum(record.rollouts for record in kept.values())
